@@ -1,0 +1,207 @@
+"""The adapter folder: adapter_config.json + adapter_model.safetensors, all that is needed beside the base.
+
+Decisions: the JSON says how to build the adapters (every `MoloraConfig` field) and what they were trained
+for (base model, tasks, label sets); the folder's name says nothing. Nothing is ever unpickled. A folder
+appears whole or not at all: it is written beside its place and renamed. Replacing an older adapter takes two
+renames; a crash between them leaves the old one as `.NAME.old-*`, and no half-written one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_medical.config.presets import MoloraConfig
+from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal, StorageError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT, FORMAT_VERSION = "moe_medical.adapter", 1
+REQUIRED_META = ("base_model", "base_revision", "tasks", "label_sets")
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+def save_adapter(
+    folder: Path, state: Mapping[str, Tensor], config: MoloraConfig, meta: dict[str, Any]
+) -> None:
+    """Write an adapter folder, replacing an older adapter in its place.
+
+    Args:
+        folder: Where; its parents are made.
+        state: Full parameter name -> tensor, the values of `adapter_parameters` or their full copies.
+        config: How the adapters were attached.
+        meta: JSON values; must hold `base_model`, `base_revision` (or None), `tasks` (list of names),
+            `label_sets` (task name -> list of labels); may hold more.
+
+    Raises:
+        ConfigError: `folder` holds something else than an adapter, or `meta` lacks a key.
+        StorageError: The disk refused.
+    """
+    folder = Path(folder)
+    if problems := _meta_problems(meta):
+        raise ConfigError(str(folder), problems)
+    _refuse_foreign(folder)
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": asdict(config), "meta": meta}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    try:
+        _publish(folder, text, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    except (OSError, SafetensorError) as error:
+        reason = f"the adapter could not be written ({error})"
+        raise StorageError(f"{folder}: {reason}. Free space or fix access.") from error
+
+
+def load_adapter(folder: Path) -> tuple[MoloraConfig, dict[str, Any], dict[str, Tensor]]:
+    """Read an adapter folder; put the state into a model with `model.load_adapter_state`.
+
+    Returns:
+        The config to attach with, the meta, and full parameter name -> tensor on the CPU.
+
+    Raises:
+        ConfigError: A file is missing, or the JSON has an unknown version, key or type.
+        DataError: A file is unreadable or corrupt.
+        SecurityRefusal: The weights exist only as pickle.
+    """
+    folder = Path(folder)
+    _refuse_missing(folder)
+    document = _read_json(folder / CONFIG_FILE)
+    config, meta = _parse(folder / CONFIG_FILE, document)
+    try:
+        return config, meta, load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / WEIGHTS_FILE}: is not a readable safetensors file ({error}).") from error
+
+
+def _publish(folder: Path, text: str, state: dict[str, Tensor]) -> None:
+    """Write both files into a folder beside the target, sync, then rename it into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors makes it private
+        for path in (temporary / CONFIG_FILE, temporary / WEIGHTS_FILE, temporary):
+            _fsync(path)
+        _replace(folder, temporary)
+        _fsync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """rename(2) does not replace a folder that holds files: move the old adapter aside first."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    aside = folder.with_name(new.name.replace(".tmp-", ".old-"))
+    folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only an empty folder or one that holds an adapter and nothing else may be replaced."""
+    if folder.is_dir():
+        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE})
+    else:
+        foreign = [folder.name] if folder.exists() or folder.is_symlink() else []
+    if foreign:
+        rule = "holds files that are not an adapter's"
+        raise ConfigError("save adapter", [Problem(str(folder), rule, foreign[:4], "Choose another folder.")])
+
+
+def _refuse_missing(folder: Path) -> None:
+    """Name every file that is missing; refuse pickled weights instead of looking for a loader."""
+    if not folder.is_dir():
+        problem = Problem(str(folder), "is not a folder", fix="Name an adapter folder.")
+        raise ConfigError("load adapter", [problem])
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if WEIGHTS_FILE in missing and pickles:
+        why = f"weights exist only as pickle ({pickles[0]}), which can run code"
+        raise SecurityRefusal(f"{folder}: {why}. Convert them to {WEIGHTS_FILE} on a machine you trust.")
+    if missing:
+        raise ConfigError(str(folder), [Problem(str(folder / name), "is missing") for name in missing])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is not readable JSON ({error}).") from error
+
+
+def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
+    """Check the whole document; every mistake of a known version in one error."""
+    header = _object(document)
+    if header.get("format") != FORMAT:
+        problem = Problem("format", f"must be {FORMAT!r}", header.get("format"), "Name a folder saved by us.")
+        raise ConfigError(str(path), [problem])
+    if header.get("format_version") != FORMAT_VERSION:
+        found = header.get("format_version")
+        problem = Problem(
+            "format_version", f"must be {FORMAT_VERSION}", found, "Install a newer moe_medical."
+        )
+        raise ConfigError(str(path), [problem])
+    config, meta = _object(header.get("config")), _object(header.get("meta"))
+    problems = _key_problems("", header, {"format", "format_version", "config", "meta"})
+    problems += _config_problems(config) + _meta_problems(meta)
+    if problems:
+        raise ConfigError(str(path), problems)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return MoloraConfig(**values), meta
+
+
+def _config_problems(config: dict[str, Any]) -> list[Problem]:
+    problems = _key_problems("config.", config, {field.name for field in fields(MoloraConfig)})
+    for name, default in asdict(MoloraConfig()).items():
+        if name in config and not _same_type(config[name], default):
+            problems.append(Problem(f"config.{name}", f"must be like {default!r}", config[name]))
+    return problems
+
+
+def _meta_problems(meta: Mapping[str, Any]) -> list[Problem]:
+    return [Problem(f"meta.{key}", "is missing") for key in REQUIRED_META if key not in meta]
+
+
+def _key_problems(prefix: str, given: dict[str, Any], known: set[str]) -> list[Problem]:
+    """Both ways: keys that are missing and keys that nobody knows."""
+    missing = [Problem(f"{prefix}{key}", "is missing") for key in sorted(known - given.keys())]
+    unknown = [Problem(f"{prefix}{key}", "is not a known key") for key in sorted(given.keys() - known)]
+    return missing + unknown
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    """JSON has no tuples and may write 32.0 as 32; True is no number."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, or an empty one, whose missing keys the caller reports."""
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,67 @@
+"""Which linear layers get which adapter: full module names against the patterns of the run file.
+
+Decisions: a pattern matches the whole name (`re.fullmatch`); `molora` wins over `lora`; a pattern that
+matches nothing is an error, because a misspelt one would silently train less than was asked for.
+Torch-free, so that `moe-medical plan` can call it. It does not find linear layers: the caller names them,
+and leaves out the output head and the embeddings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from moe_medical.config.presets import MoloraConfig
+from moe_medical.errors import ConfigError, Problem
+
+AdapterKind = Literal["molora", "lora"]
+NUM_EXAMPLES = 4
+
+
+def match_modules(names: Iterable[str], config: MoloraConfig) -> dict[str, AdapterKind]:
+    """Choose the adapter of each linear layer.
+
+    Args:
+        names: Full names of the model's linear layers, without the output head.
+        config: Its `molora` and `lora` hold regular expressions.
+
+    Returns:
+        Name -> kind, for the layers that get an adapter, in the order of `names`.
+
+    Raises:
+        ConfigError: A pattern is no regular expression or matches no name, or no pattern is given.
+    """
+    ordered = list(names)
+    problems: list[Problem] = []
+    molora = _matched("molora", config.molora, ordered, problems)
+    lora = _matched("lora", config.lora, ordered, problems)
+    if not config.molora and not config.lora:
+        problems.append(Problem("adapters.molora", "and adapters.lora name no layer", [], "Give a pattern."))
+    if problems:
+        raise ConfigError("adapter placement", problems)
+    return {n: "molora" if n in molora else "lora" for n in ordered if n in molora or n in lora}
+
+
+def _matched(key: str, patterns: Sequence[str], names: list[str], problems: list[Problem]) -> set[str]:
+    """Names that any pattern matches; appends a problem for each pattern that is of no use."""
+    matched: set[str] = set()
+    for index, pattern in enumerate(patterns):
+        path = f"adapters.{key}[{index}]"
+        try:
+            found = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            problems.append(Problem(path, f"must be a regular expression ({error})", pattern))
+            continue
+        if not found:
+            fix = f"Linear layers of this model: {_examples(names)}."
+            problems.append(Problem(path, "must match a linear layer's full name", pattern, fix))
+        matched |= found
+    return matched
+
+
+def _examples(names: list[str]) -> str:
+    """A few names that differ in more than the layer number."""
+    distinct = {re.sub(r"\d+", "#", name): name for name in reversed(names)}
+    examples = list(distinct.values())[::-1][:NUM_EXAMPLES]
+    return ", ".join(examples) + (", ..." if len(distinct) > NUM_EXAMPLES else "") if examples else "none"

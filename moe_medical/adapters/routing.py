@@ -1,0 +1,121 @@
+"""From a token to its experts and their weights, and the one object that carries a batch's side inputs.
+
+Decisions: the router computes in float32 whatever the base model's dtype; top-k is taken on the logits and
+the gate is a softmax over those k, which equals the softmax over all experts renormalised on the chosen
+ones (MING-MOE, arXiv 2404.09027). Routing is data: it is returned and recorded, never kept in a module.
+No noise, no capacity limit, no token is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens."""
+
+    weights_TK: Tensor
+    """Gate of each chosen expert, float32, rows sum to 1."""
+    expert_ids_TK: Tensor
+    """Chosen experts, int64, highest gate first."""
+    logits_TE: Tensor
+    """Router logits, float32; the z-loss needs them."""
+    probs_TE: Tensor
+    """Softmax of the logits over all experts; the balance loss needs it."""
+
+
+class TokenRouter(nn.Module):
+    """Linear router: z = W x + b, S = top-k(z), g_i = exp(z_i) / sum_{j in S} exp(z_j).
+
+    With `top_k` 1 the gate is always 1, so that only the balance loss trains the router.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        top_k: K, at most E.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(num_experts, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route each token; all four tensors of the result are float32 or int64."""
+        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        top_logits_TK, expert_ids_TK = logits_TE.topk(self.top_k, dim=-1)
+        return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
+
+
+class _Float32Linear(torch.autograd.Function):
+    """`linear(x.float(), W, b)` that keeps x, not its float32 copy, for backward.
+
+    Autograd's own version would hold 4 more bytes per input feature and token under a bfloat16 base.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return torch.addmm(bias_E.float(), x_TD.float(), weight_ED.float().t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        with torch.autocast(x_TD.device.type, enabled=False):
+            grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+            grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+            return grad_x, grad_weight, grad_TE.sum(0).to(weight_ED.dtype)
+
+
+class RoutingContext:
+    """Side inputs of one batch on the way in, the layers' routings on the way out; shared by all layers.
+
+    A plain object rather than a context variable: autograd recomputes checkpointed layers in its own
+    threads, which would not see one. Outside `bind` layers work and record nothing.
+    """
+
+    def __init__(self) -> None:
+        self.token_mask_BS: Tensor | None = None
+        self.task_ids_BS: Tensor | None = None
+        self.routings: dict[str, Routing] = {}
+
+    @contextmanager
+    def bind(self, token_mask_BS: Tensor, task_ids_BS: Tensor | None = None) -> Iterator[RoutingContext]:
+        """Bind one micro-batch; must span forward **and** backward, which may run forward again.
+
+        Args:
+            token_mask_BS: True where the token is real, False where it is padding.
+            task_ids_BS: Task of each token.
+
+        Raises:
+            RuntimeError: A batch is bound already.
+        """
+        if self.token_mask_BS is not None:
+            raise RuntimeError("a batch is bound already: one context serves one batch at a time")
+        self.token_mask_BS, self.task_ids_BS = token_mask_BS, task_ids_BS
+        try:
+            yield self
+        finally:
+            self.token_mask_BS = self.task_ids_BS = None
+            self.routings = {}
+
+    @property
+    def token_mask_T(self) -> Tensor:
+        """Bound mask, flattened the way layers flatten their tokens."""
+        if self.token_mask_BS is None:
+            raise RuntimeError("no batch is bound: use `with context.bind(token_mask, task_ids):`")
+        return self.token_mask_BS.reshape(-1)
+
+    def record(self, layer_name: str, routing: Routing) -> None:
+        """Keep the routing of a layer until `bind` ends. Assigns: a recomputed forward replaces, not adds."""
+        if self.token_mask_BS is not None:
+            self.routings[layer_name] = routing

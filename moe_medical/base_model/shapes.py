@@ -1,0 +1,61 @@
+"""Shapes of a model's linear layers, read from the safetensors headers: nothing is loaded, no torch.
+
+A linear layer is a 2-D `<module>.weight`; embeddings look the same and are told apart by the
+adapters' name patterns only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_medical.base_model.locate import BaseModel
+from moe_medical.errors import DataError
+
+_INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Model types whose linears are transformers' Conv1D, stored (in, out)."""
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    in_features: int
+    out_features: int
+
+
+def linear_shapes(base: BaseModel) -> dict[str, LinearShape]:
+    """Module name -> shape of every 2-D weight of the model."""
+    shapes = {}
+    for name, shape in _tensor_shapes(base.folder).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(shape) == 2:
+            out_features, in_features = reversed(shape) if base.model_type in _INPUT_FIRST else shape
+            shapes[module] = LinearShape(in_features, out_features)
+    return shapes
+
+
+def num_parameters(base: BaseModel) -> int:
+    """Stored parameters; tied tensors are stored once."""
+    return sum(math.prod(shape) for shape in _tensor_shapes(base.folder).values())
+
+
+def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shapes |= {k: v["shape"] for k, v in _read_header(path).items() if k != "__metadata__"}
+    return shapes
+
+
+def _read_header(path: Path) -> dict[str, dict[str, list[int]]]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error):
+        raise DataError(f"{path} is not a readable safetensors file") from None
+    return dict(header)

@@ -1,0 +1,113 @@
+"""The verbs. Each parses its arguments, calls one function, and ends with an exit code of the contract.
+
+Heavy imports happen inside the verbs: `plan` needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_medical import __version__
+from moe_medical.config import RunConfig, load_config
+from moe_medical.console import setup_logging
+from moe_medical.errors import ConfigError, MoeMedicalError
+
+_LOG = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the process's exit code."""
+    options = _parser().parse_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    setup_logging(is_main)
+    try:
+        return int(options.verb(options))
+    except MoeMedicalError as e:
+        if is_main:
+            sys.stderr.write(f"{e}\n")
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moe-medical", description="Train medical LLMs as mixtures of low-rank experts.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    _add_run_verb(verbs, "plan", _plan, "print what a run will do: mixture, adapted layers, memory")
+    _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
+    train = _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
+    generate.add_argument("adapter", type=Path, help="adapter folder")
+    generate.add_argument("--prompts", type=Path, help="file with a prompt per line; standard input without it")
+    generate.add_argument("--base", help="base model, where it is not the one the adapter names")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64)
+    generate.add_argument("--batch-rows", type=_positive, default=16)
+    generate.set_defaults(verb=_generate)
+    return parser
+
+
+def _add_run_verb(verbs, name: str, verb, description: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=description)
+    parser.add_argument("run", metavar="RUN.yaml", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=100")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the contract's exit code for a wrong command line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.print_usage(sys.stderr)
+        self.exit(ConfigError.exit_code, f"{self.prog}: {message}\n")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    return load_config(options.run, options.overrides)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from moe_medical.training.plan import make_plan, show_plan
+
+    config = _config(options)
+    show_plan(make_plan(config), config)
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from moe_medical.training.preflight import preflight
+    from moe_medical.training.supervisor import run_ranks
+
+    config = _config(options)
+    preflight(config)
+    return run_ranks(config.parallel.ranks, ["train", str(options.run), *options.overrides])
+
+
+def _train(options: argparse.Namespace) -> int:
+    from moe_medical.distributed.topology import launched_ranks
+    from moe_medical.training.run import train_and_report
+
+    options.overrides.append(f"parallel.ranks={launched_ranks()}")
+    train_and_report(_config(options))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from moe_medical.training.answering import answer_prompts
+
+    answer_prompts(options.adapter, options.prompts, options.base, options.max_new_tokens, options.batch_rows)
+    return 0

@@ -1,0 +1,47 @@
+"""Published systems as adapter settings: a preset fills every field that the run file leaves open.
+
+Sources: ming_moe is MING-MOE (arXiv 2404.09027) with the released code's values; lora is LoRA
+(arXiv 2106.09685) on the same layers, the control arm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from moe_medical.config.schema import AdaptersSection
+
+FFN = r".*\.(mlp|feed_forward|ffn)\.\w+"
+ATTENTION = r".*\.(self_attn|attn|attention|self_attention)\.\w+"
+
+
+@dataclass(frozen=True)
+class MoloraConfig:
+    """Adapter settings with every field decided. Saved with each adapter and checkpoint."""
+
+    preset: str = "ming_moe"
+    num_experts: int = 8
+    top_k: int = 2
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    molora: tuple[str, ...] = (FFN,)
+    lora: tuple[str, ...] = (ATTENTION,)
+    balance_coefficient: float = 0.0
+    z_coefficient: float = 0.0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+PRESETS: dict[str, MoloraConfig] = {
+    "ming_moe": MoloraConfig(),
+    "lora": MoloraConfig(preset="lora", num_experts=1, top_k=1, molora=(), lora=(FFN, ATTENTION)),
+}
+
+
+def resolve_adapters(section: AdaptersSection) -> MoloraConfig:
+    """The preset with the section's own values on top."""
+    chosen = {f.name: getattr(section, f.name) for f in fields(section)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
+    return replace(PRESETS[section.preset], **given)

@@ -1,0 +1,188 @@
+"""The run file as typed sections. Each key has one owner: what is here is not in the DeepSpeed JSON.
+
+The dataclasses are OmegaConf structured configs: types and misspelt keys are checked on merge,
+ranges and cross-field rules by `validate.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+Dtype = Literal["float32", "bfloat16"]
+ResumeMode = Literal["auto", "must", "never"]
+
+
+@dataclass
+class RunSection:
+    """What the run is called and where it writes."""
+
+    name: str = "run"
+    dir: str = "runs/${run.name}"
+    """Folder of everything the run writes; relative to the working folder."""
+    seed: int = 17
+
+
+@dataclass
+class ModelSection:
+    """The frozen base LLM."""
+
+    name: str = "smollm2-135m"
+    """`smollm2-135m` (embedded), a local folder, or a Hugging Face hub id. Safetensors only."""
+    revision: Optional[str] = None
+    """Commit, tag or branch of a hub id; pin a commit for a run that must be repeatable."""
+    dtype: Dtype = "float32"
+    """Storage and compute type of the frozen base; adapters and routers stay float32."""
+
+
+@dataclass
+class AdaptersSection:
+    """Which linear layers get low-rank experts, and how they are routed. None takes the preset's value."""
+
+    preset: str = "ming_moe"
+    num_experts: Optional[int] = None
+    top_k: Optional[int] = None
+    """Experts that each token uses; the gate is a softmax over their logits."""
+    rank: Optional[int] = None
+    alpha: Optional[float] = None
+    """Scaling of the delta is alpha / rank."""
+    dropout: Optional[float] = None
+    molora: Optional[list[str]] = None
+    """Regular expressions; a linear whose full module name matches one gets routed experts."""
+    lora: Optional[list[str]] = None
+    """Regular expressions; a linear whose full module name matches one gets one plain LoRA."""
+    balance_coefficient: Optional[float] = None
+    """Weight of the load-balance loss E * sum_i f_i P_i, averaged over layers."""
+    z_coefficient: Optional[float] = None
+    """Weight of the router z-loss mean(logsumexp(logits)^2), averaged over layers."""
+
+
+@dataclass
+class TaskOverride:
+    """What a run changes about one task of its recipe."""
+
+    weight: float = 1.0
+    """Multiplies the task's share after the mixing rule."""
+    max_repeats: Optional[float] = None
+    """Epochs of the task at most; None takes the task's or the mixture's."""
+
+
+@dataclass
+class MixSection:
+    """How tasks share the run."""
+
+    rule: Literal["temperature", "proportional", "uniform"] = "temperature"
+    temperature: float = 2.0
+    """Share of a task is proportional to rows ** (1 / temperature)."""
+    max_repeats: Optional[float] = 4.0
+    """Epochs of any task at most; its excess share flows to the others."""
+    block: int = 1024
+    """Samples over which shares are exact."""
+
+
+@dataclass
+class DataSection:
+    """The mixture and how records become tokens."""
+
+    recipe: str = "???"
+    """Mixture YAML, relative to the run file."""
+    tasks: dict[str, TaskOverride] = field(default_factory=dict)
+    mix: MixSection = field(default_factory=MixSection)
+    max_length: int = 512
+    """Tokens of a sample at most; the prompt's middle is cut, never the target."""
+    system_prompt: Optional[str] = "You are a medical expert. Answer exactly and briefly."
+    """First message of the chat; null leaves it to the model's own template."""
+    max_bad_fraction: float = 0.001
+    """Share of unusable records per file above which the run refuses to start."""
+
+
+@dataclass
+class TrainingSection:
+    """Length, batch and optimiser."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch: int = 32
+    """Samples per optimizer step over all ranks; accumulation steps follow from it."""
+    micro_batch: int = 8
+    """Samples per forward pass of one rank."""
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """Global gradient norm at most; 0 turns clipping off."""
+
+
+@dataclass
+class ParallelSection:
+    """Ranks and how the state is spread over them."""
+
+    ranks: int = 1
+    """Processes that `moe-medical launch` starts on this machine; a launcher's own number wins."""
+    deepspeed: str = "???"
+    """DeepSpeed JSON (ds_configs/ has them), relative to the run file: ZeRO stage, offload, buckets."""
+    ep_size: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: int = 600
+    """A collective that waits longer means a lost peer."""
+
+
+@dataclass
+class EvaluationSection:
+    """Loss and scores on a fixed probe set of every task."""
+
+    split: Literal["validation", "test"] = "validation"
+    loss_rows: int = 32
+    """Rows per task for the teacher-forced loss."""
+    score_rows: int = 16
+    """Rows per task that are generated and scored; 0 turns scores off."""
+    max_new_tokens: int = 32
+    batch_rows: int = 16
+    """Rows per forward pass of one rank."""
+    every_steps: int = 0
+    """Evaluate each time so many steps are done; 0 means only before and after."""
+
+
+@dataclass
+class CheckpointSection:
+    """Portable checkpoints."""
+
+    every_steps: int = 100
+    """0 means only at the end."""
+    keep: int = 2
+    resume: ResumeMode = "auto"
+
+
+@dataclass
+class WandbSection:
+    """W&B follows metrics.jsonl; offline when no key is found."""
+
+    enabled: bool = True
+    project: str = "moe-medical"
+    entity: Optional[str] = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+@dataclass
+class TrackingSection:
+    log_every_steps: int = 1
+    wandb: WandbSection = field(default_factory=WandbSection)
+
+
+@dataclass
+class RunConfig:
+    """One file, one run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    adapters: AdaptersSection = field(default_factory=AdaptersSection)
+    data: DataSection = field(default_factory=DataSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)

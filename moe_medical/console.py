@@ -1,0 +1,79 @@
+"""What a person sees: one rich console, log lines, tables and progress. Everything goes to stderr or is asked for.
+
+Only the main rank shows anything; results that a pipe may want (tables, generated text) go to stdout.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_LOG = logging.getLogger(__name__)
+
+
+def setup_logging(is_main: bool) -> None:
+    """Log lines of the main rank at INFO, of the others from WARNING on."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, rich_tracebacks=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    logging.getLogger("moe_medical").setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def show(text: str) -> None:
+    """Write a result to stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()) -> None:
+    """A table on stdout; the first column is left-aligned, the others right."""
+    table = Table(title=title, show_footer=bool(footer), title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        end = footer[i] if footer else ""
+        table.add_column(column, footer=end, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(table)
+
+
+class ProgressLine:
+    """One progress bar with a free text beside it; log lines at every tenth where there is no terminal."""
+
+    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
+        self._label, self._total, self._done = label, max(total, 1), 0
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, note="") if progress else None
+
+    def advance(self, by: int = 1, note: str = "") -> None:
+        before, self._done = self._done, self._done + by
+        if self._progress and self._task is not None:
+            self._progress.update(self._task, advance=by, note=note)
+        elif before * 10 // self._total != self._done * 10 // self._total:
+            _LOG.info("%s %d/%d %s", self._label, self._done, self._total, note)
+
+
+@contextmanager
+def progress_line(label: str, total: int, visible: bool) -> Iterator[ProgressLine]:
+    """Progress of `total` pieces of work: elapsed time, time left and a note such as the loss."""
+    console = Console(stderr=True)
+    if not (visible and console.is_terminal):
+        yield ProgressLine(label, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield ProgressLine(label, total, progress)

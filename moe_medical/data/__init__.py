@@ -1,0 +1,1 @@
+"""Data, in the order it flows: recipe (YAML) -> sources (examples) -> formats (tokens) -> mixture (order)."""

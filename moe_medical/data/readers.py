@@ -1,0 +1,161 @@
+"""Files -> raw records: JSONL, JSON, CSV, TSV, Parquet.
+
+Decisions: a record that cannot be parsed is yielded with a reason; a file that cannot be parsed as a whole
+is a DataError. A line is counted from 1; in JSON and Parquet it is the record's number. No message quotes
+the file. CSV and TSV have a header line and quotes as spreadsheets write them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_medical.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_ROWS = 1024
+
+
+class Raw(NamedTuple):
+    """One record: where it is, its bytes, and its row or the reason why there is none."""
+
+    line: int
+    data: bytes
+    row: dict[str, Any] | None
+    reason: str = ""
+
+
+def read_file(file: Path, where: str) -> Iterator[Raw]:
+    """Yields the records of a file by its suffix.
+
+    Args:
+        file: Its suffix is one of `recipe.SUFFIXES`.
+        where: Task YAML and key, for messages.
+
+    Raises:
+        DataError: where the file as a whole cannot be read.
+    """
+    reader = _READERS.get(file.suffix)
+    if reader is None:
+        raise DataError(f"{where}: {file} must end in {', '.join(_READERS)}.")
+    try:
+        yield from reader(file)
+    except OSError as e:
+        reason = e.strerror or type(e).__name__
+    except _Unreadable as e:
+        reason = str(e)
+    else:
+        return
+    raise DataError(f"{where}: cannot read {file} ({reason}).") from None
+
+
+class _Unreadable(Exception):
+    """Why a file cannot be parsed; never its text."""
+
+
+def _read_jsonl(file: Path) -> Iterator[Raw]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            data = (line.removeprefix(_BOM) if number == 1 else line).strip()
+            if data:
+                yield _parse_line(number, data)
+
+
+def _parse_line(number: int, data: bytes) -> Raw:
+    if b"\0" in data:
+        return Raw(number, data, None, "NUL byte")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Raw(number, data, None, "invalid UTF-8")
+    except (ValueError, RecursionError):
+        return Raw(number, data, None, "invalid JSON")
+    return _object(number, data, value)
+
+
+def _object(number: int, data: bytes, value: Any) -> Raw:
+    if not isinstance(value, dict):
+        return Raw(number, data, None, "not a JSON object")
+    return Raw(number, data, value)
+
+
+def _read_json(file: Path) -> Iterator[Raw]:
+    try:
+        records = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise _Unreadable(f"invalid UTF-8 at byte {e.start}") from None
+    except json.JSONDecodeError as e:
+        raise _Unreadable(f"invalid JSON at line {e.lineno}; one object per line is .jsonl") from None
+    except (ValueError, RecursionError):
+        raise _Unreadable("invalid JSON") from None
+    if not isinstance(records, list):
+        raise _Unreadable("must be a list of objects")
+    for number, value in enumerate(records, start=1):
+        yield _object(number, json.dumps(value, sort_keys=True).encode(), value)
+
+
+def _read_table(delimiter: str) -> Callable[[Path], Iterator[Raw]]:
+    def read(file: Path) -> Iterator[Raw]:
+        # surrogateescape keeps the line of a byte that is not UTF-8, to be found again below
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            try:
+                header = next(rows, [])
+                if len(set(header)) != len(header):
+                    raise _Unreadable("the header names a column twice")
+                for cells in rows:
+                    if cells:
+                        yield _table_row(rows.line_num, header, cells)
+            except csv.Error:
+                raise _Unreadable(f"broken quotes or an over-long cell near line {rows.line_num}") from None
+
+    return read
+
+
+def _table_row(line: int, header: list[str], cells: list[str]) -> Raw:
+    data = "\x1f".join(cells).encode("utf-8", "surrogateescape")
+    if len(cells) != len(header):
+        return Raw(line, data, None, "more or fewer cells than the header")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Raw(line, data, None, "invalid UTF-8")
+    return Raw(line, data, dict(zip(header, cells, strict=True)))
+
+
+def _read_parquet(file: Path) -> Iterator[Raw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for i in range(batch.num_rows):
+                    number += 1
+                    yield _parquet_row(number, batch.slice(i, 1))
+    except pa.ArrowException:
+        raise _Unreadable("not a complete Parquet file") from None
+
+
+def _parquet_row(number: int, batch: Any) -> Raw:
+    try:
+        row = batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return Raw(number, f"row {number}".encode(), None, "invalid UTF-8")
+    except (ValueError, OverflowError):  # for example a timestamp that Python's datetime cannot hold
+        return Raw(number, f"row {number}".encode(), None, "a value outside Python's range")
+    return Raw(number, json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"), row)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_table(","),
+    ".tsv": _read_table("\t"),
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,153 @@
+"""The trainable state out of and into a DeepSpeed engine, in a form that names no ZeRO stage or world size.
+
+Facts of DeepSpeed 0.19.8 that this relies on are kept as tests in tests/distributed/test_state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_medical.distributed.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainableState:
+    """fp32 CPU tensors by parameter name, whole whatever the sharding.
+
+    Attributes:
+        parameters: adapters and routers.
+        moments: Adam's running averages, `{"exp_avg": {...}, "exp_avg_sq": {...}}`.
+        step: optimizer steps done.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    step: int = 0
+
+
+def gather_parameters(engine: Engine) -> dict[str, torch.Tensor]:
+    """Whole fp32 trainable tensors by name. Collective: every rank must call."""
+    return {name: _master(engine, p) for name, p in engine.named.items()}
+
+
+def gather_state(engine: Engine, step: int) -> TrainableState:
+    """Parameters and moments after `step` optimizer steps. Collective: every rank must call."""
+    _ensure_moments(engine)
+    moments = {key: {n: _moment(engine, p, key) for n, p in engine.named.items()} for key in MOMENTS}
+    return TrainableState(gather_parameters(engine), moments, step)
+
+
+@torch.no_grad()
+def load_state(engine: Engine, state: TrainableState) -> None:
+    """Put a whole state into the engine's own layout, as if it had made those steps itself."""
+    _ensure_moments(engine)
+    for name, parameter in engine.named.items():
+        _set_master(engine, parameter, state.parameters[name])
+        for key in MOMENTS:
+            _set_moment(engine, parameter, key, state.moments[key][name])
+    _refresh_forward_copies(engine)
+    _set_step(engine, state.step)
+
+
+def _master(engine: Engine, parameter: nn.Parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    # NOTE(deepspeed): ZeRO-0 in fp32 keeps no separate master copy.
+    value = parameter if engine.stage == 0 else safe_get_full_fp32_param(parameter)
+    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _moment(engine: Engine, parameter: nn.Parameter, key: str) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if engine.stage == 0:
+        value = _torch_optimizer(engine).state[parameter][key]
+    else:
+        value = safe_get_full_optimizer_state(parameter, key)
+    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _set_master(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if engine.stage == 0:
+        parameter.copy_(value)
+    else:
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+
+def _set_moment(engine: Engine, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    if engine.stage == 0:
+        _torch_optimizer(engine).state[parameter][key].copy_(value)
+    else:
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    outer = engine.deepspeed.optimizer
+    return outer if engine.stage == 0 else outer.optimizer  # type: ignore[no-any-return]
+
+
+def _flat_masters(engine: Engine) -> Iterable[torch.Tensor]:
+    """The tensors that the inner optimizer really steps."""
+    outer = engine.deepspeed.optimizer
+    if engine.stage == 0:
+        return engine.named.values()
+    if engine.stage == 3:
+        return outer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+    return outer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+
+
+def _ensure_moments(engine: Engine) -> None:
+    """Give every master its Adam state, which torch makes at the first step only."""
+    optimizer = _torch_optimizer(engine)
+    fused = bool(optimizer.defaults.get("fused"))
+    for master in _flat_masters(engine):
+        if not optimizer.state.get(master):
+            step = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+            fresh = {key: torch.zeros_like(master.data) for key in MOMENTS}
+            optimizer.state[master] = {"step": step, **fresh}
+    outer = engine.deepspeed.optimizer
+    if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
+        # NOTE(deepspeed): 0.19.8 links parameters to their state once, possibly before it existed.
+        outer._hp_optimizer_states_linked = False
+        outer._lazy_init_hp_params_optimizer_state()
+
+
+def _refresh_forward_copies(engine: Engine) -> None:
+    """Masters -> the tensors that forward reads."""
+    outer: Any = engine.deepspeed.optimizer
+    if engine.stage in (1, 2):
+        outer.update_lp_params()
+    if engine.stage == 3:
+        for i, master in enumerate(outer.fp32_partitioned_groups_flat):
+            _refresh_partition(outer, i, master)
+        if outer.persistent_parameters:
+            outer.persistent_parameters[0].partition(outer.persistent_parameters)
+            outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
+
+
+def _refresh_partition(outer: Any, group: int, master: torch.Tensor) -> None:
+    if not master.numel():
+        return
+    flat, parts = outer.fp16_partitioned_groups_flat[group], outer.fp16_partitioned_groups[group]
+    flat.data.copy_(master.data)
+    for part, fresh in zip(parts, outer.unflatten(flat, parts), strict=True):
+        part.data = fresh.data
+
+
+def _set_step(engine: Engine, step: int) -> None:
+    for state in _torch_optimizer(engine).state.values():
+        state["step"].fill_(float(step))
+    engine.deepspeed.global_steps = step
+    engine.deepspeed.global_samples = step * engine.deepspeed.train_batch_size()
+    engine.deepspeed.micro_steps = step * engine.accumulation

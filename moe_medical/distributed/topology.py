@@ -1,0 +1,118 @@
+"""Which process this is, on which device, and the process group that joins it with the others.
+
+A launcher's variables count only if they are complete: a lone RANK left in the environment does not
+make a distributed run. Ranks of one machine share it fairly: one CPU thread each unless
+OMP_NUM_THREADS says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_medical.config.schema import ParallelSection
+from moe_medical.errors import ConfigError, Problem
+from moe_medical.ports import free_port
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    source: str
+    """What decided it: a launcher's environment, or a single process."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise sum over all ranks. Collective: every rank must call."""
+        tensor = torch.as_tensor(values, dtype=torch.float64).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Concatenate equally shaped `rows` of all ranks in rank order. Collective: every rank must call."""
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Collective: wait for every rank."""
+        dist.barrier()
+
+
+def start_distributed(section: ParallelSection) -> Topology:
+    """Join (or, alone, make) the process group that DeepSpeed will use."""
+    env, source = _environment(os.environ)
+    os.environ.update(env)
+    device = _device(section, int(env["LOCAL_RANK"]))
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _quiet_deepspeed()
+    import deepspeed
+
+    if dist.is_initialized():
+        return Topology(dist.get_rank(), dist.get_world_size(), device, source)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timedelta(seconds=section.timeout_seconds), verbose=False
+    )
+    return Topology(dist.get_rank(), dist.get_world_size(), device, source)
+
+
+def stop_distributed() -> None:
+    """Leave the process group; without it some runs end with a bad exit code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched_ranks() -> int:
+    """World size that a launcher has set, 1 without a launcher."""
+    return int(_environment(os.environ)[0]["WORLD_SIZE"])
+
+
+def _environment(env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    if all(name in env for name in _LAUNCHER_VARIABLES):
+        return {name: env[name] for name in _LAUNCHER_VARIABLES}, "launcher environment"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return alone | {"MASTER_PORT": str(free_port())}, "single process"
+
+
+def _device(section: ParallelSection, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if section.device == "cpu" or (section.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        rule = f"asks for GPU {local_rank} of this machine, which has {count}"
+        problem = Problem("parallel.device", rule, section.device, "Use device=cpu or fewer ranks.")
+        raise ConfigError("parallel", [problem])
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _quiet_deepspeed() -> None:
+    """Only warnings of DeepSpeed, and no build of its shared-memory op, which training does not use."""
+    import logging
+
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed.ops
+    from deepspeed.utils import set_log_level_from_string
+
+    set_log_level_from_string("error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # NOTE(deepspeed): on CPU init_distributed would compile this op and leak 66 MiB of /dev/shm per rank.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

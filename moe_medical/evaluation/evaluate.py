@@ -1,0 +1,167 @@
+"""Per-task loss and score on a fixed probe set, shared over the ranks.
+
+The probe set is the first rows of each task's evaluation split, in file order, so every evaluation of a
+run (and of two runs on the same data) sees the same rows. Rows are dealt to ranks in batches of similar
+length; every rank runs the same number of forward passes, which ZeRO-3 needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_medical.config.schema import EvaluationSection
+from moe_medical.data.batches import collate
+from moe_medical.data.formats import ChatFormat
+from moe_medical.data.tasks import TaskData
+from moe_medical.distributed import Topology
+from moe_medical.evaluation.generate import generate_ids
+from moe_medical.evaluation.metrics import score
+from moe_medical.evaluation.objective import task_sums, token_losses
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task at one evaluation."""
+
+    loss: float
+    """Mean over target tokens, nats."""
+    tokens: int
+    rows: int
+    metric: str
+    score: float | None
+    """None where scores are turned off."""
+    score_rows: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every task at one step."""
+
+    step: int
+    tasks: dict[str, TaskResult]
+
+    @property
+    def macro_loss(self) -> float:
+        return float(np.mean([t.loss for t in self.tasks.values()]))
+
+    @property
+    def macro_score(self) -> float | None:
+        scores = [t.score for t in self.tasks.values() if t.score is not None]
+        return float(np.mean(scores)) if scores else None
+
+    def to_json(self) -> dict[str, object]:
+        return {"step": self.step, "tasks": {k: asdict(v) for k, v in self.tasks.items()}}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Evaluation:  # type: ignore[type-arg]
+        return cls(data["step"], {k: TaskResult(**v) for k, v in data["tasks"].items()})
+
+
+class Evaluator:
+    """Evaluates a model on the probe rows of every task. Collective: every rank must call."""
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskData],
+        chat: ChatFormat,
+        section: EvaluationSection,
+        topology: Topology,
+        needs_equal_forwards: bool,
+    ) -> None:
+        self._tasks, self._chat, self._section = tasks, chat, section
+        self._topology, self._synced = topology, needs_equal_forwards
+
+    @property
+    def num_batches(self) -> int:
+        """Forward passes and generations of one evaluation on this rank, for a progress bar."""
+        return len(self._dealt(self._loss_rows())) + len(self._dealt(self._score_rows()))
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, step: int, advance: Callable[[], None] = lambda: None) -> Evaluation:
+        """Loss and score of every task."""
+        was_training = model.training
+        model.eval()
+        loss, tokens, rows = self._losses(model, advance)
+        scores = self._scores(model, advance)
+        model.train(was_training)
+        results = {}
+        for i, task in enumerate(self._tasks):
+            value, count = scores.get(i, (None, 0))
+            mean = float(loss[i] / max(tokens[i], 1))
+            results[task.name] = TaskResult(mean, int(tokens[i]), int(rows[i]), task.spec.metric, value, count)
+        return Evaluation(step, results)
+
+    def _losses(self, model: nn.Module, advance: Callable[[], None]) -> np.ndarray:
+        sums = np.zeros((3, len(self._tasks)))
+        for batch_rows, counted in self._dealt(self._loss_rows()):
+            encoded = [self._chat.encode(e.prompt, e.target) for _, e in batch_rows]
+            batch = collate(encoded, [t for t, _ in batch_rows], self._chat.pad_id).to(self._topology.device)
+            losses, task_ids = token_losses(model, batch)
+            if counted:
+                sums += task_sums(losses, task_ids, batch, len(self._tasks)).numpy()
+            advance()
+        return self._topology.sum(sums)
+
+    def _scores(self, model: nn.Module, advance: Callable[[], None]) -> dict[int, tuple[float, int]]:
+        rows = self._score_rows()
+        ids: list[torch.Tensor] = []
+        width = self._section.max_new_tokens
+        for batch_rows, _ in self._dealt(rows):
+            prompts = [self._chat.encode_prompt(e.prompt) for _, e in batch_rows]
+            made = generate_ids(model, prompts, self._chat, width, self._topology.device, self._synced)
+            ids.append(nn.functional.pad(made, (0, 0, 0, self._section.batch_rows - len(made)), value=-1))
+            advance()
+        return self._score_texts(rows, self._collect(ids)) if rows else {}
+
+    def _collect(self, ids: list[torch.Tensor]) -> torch.Tensor:
+        """Generated tokens of all rows in the order of `_ordered`: (all rows, width)."""
+        mine = torch.stack(ids)  # (turns, batch_rows, width)
+        everyone = self._topology.gather(mine.unsqueeze(0))  # (world, turns, batch_rows, width)
+        return everyone.transpose(0, 1).reshape(-1, mine.shape[-1]).cpu()
+
+    def _score_texts(self, rows: list, ids: torch.Tensor) -> dict[int, tuple[float, int]]:  # type: ignore[type-arg]
+        # Batches are full but for the last one and stand-ins, so rows and tokens line up from the start.
+        texts: dict[int, list[tuple[str, str]]] = {}
+        for (task, example), line in zip(self._ordered(rows), ids, strict=False):
+            text = self._chat.decode([i for i in line.tolist() if i >= 0])
+            texts.setdefault(task, []).append((text, example.target))
+        scores = {}
+        for task, pairs in texts.items():
+            spec = self._tasks[task].spec
+            predictions, targets = [p for p, _ in pairs], [t for _, t in pairs]
+            scores[task] = (score(spec.metric, predictions, targets, spec.language), len(pairs))
+        return scores
+
+    def _loss_rows(self) -> list:  # type: ignore[type-arg]
+        n = self._section.loss_rows
+        return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
+
+    def _score_rows(self) -> list:  # type: ignore[type-arg]
+        n = self._section.score_rows
+        return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
+
+    def _ordered(self, rows: list) -> list:  # type: ignore[type-arg]
+        return sorted(rows, key=lambda row: len(row[1].prompt) + len(row[1].target), reverse=True)
+
+    def _dealt(self, rows: list) -> list:  # type: ignore[type-arg]
+        return list(deal(self._ordered(rows), self._section.batch_rows, self._topology))
+
+
+def deal(rows: Sequence[T], batch_rows: int, topology: Topology) -> Iterator[tuple[Sequence[T], bool]]:
+    """This rank's batches in turn order; batch b of turn t is the (t * world + rank)-th.
+
+    A rank without a batch in the last turn repeats the last one, marked as not counted.
+    """
+    batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+    turns = -(-len(batches) // topology.world_size)
+    for turn in range(turns):
+        mine = turn * topology.world_size + topology.rank
+        yield batches[min(mine, len(batches) - 1)], mine < len(batches)

@@ -1,0 +1,80 @@
+"""The language-model loss, task by task.
+
+Default objective (design: per-task token mean): with N_i supervised tokens and n_i samples of task i in
+the *global* step, n = sum_i n_i,
+
+    L = sum_i (n_i / n) * (1 / N_i) * sum_{t in task i} loss_t
+
+so that long answers do not drown short ones and the mixture's shares are kept. N_i and n_i are summed
+over ranks and accumulation steps before the first backward, so the loss does not depend on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from moe_medical.data.batches import IGNORE, Batch
+
+Forward = Callable[..., Any]
+"""A causal LM, or an engine around one."""
+
+
+@dataclass(frozen=True)
+class TaskSums:
+    """Sums of one batch over its tasks, each of shape (num_tasks,)."""
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+    def numpy(self) -> np.ndarray:
+        """Shape (3, num_tasks), float64: loss, tokens, rows."""
+        return torch.stack([self.loss.double(), self.tokens.double(), self.rows.double()]).cpu().numpy()
+
+
+def token_losses(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each target token and its task.
+
+    Only the columns that hold targets go through the language-model head.
+
+    Returns:
+        float32 losses and int64 task ids, both of shape (number of target tokens,).
+    """
+    columns = batch.num_target_columns
+    logits = forward(
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.token_mask_BS,
+        position_ids=batch.position_ids_BS,
+        use_cache=False,
+        logits_to_keep=columns + 1,
+    ).logits[:, :-1]
+    labels = batch.labels_BS[:, -columns:]
+    supervised = labels != IGNORE
+    losses = F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
+    return losses, batch.task_ids_BS[:, -columns:][supervised]
+
+
+def task_sums(losses: torch.Tensor, task_ids: torch.Tensor, batch: Batch, num_tasks: int) -> TaskSums:
+    """Per-task sums of detached token losses."""
+    total = torch.zeros(num_tasks, dtype=torch.float64, device=losses.device)
+    total.index_add_(0, task_ids, losses.detach().double())
+    return TaskSums(total, batch.targets_per_task(num_tasks), batch.rows_per_task(num_tasks))
+
+
+def token_weights(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Weight of one token of each task in the global objective, n_i / (n N_i); 0 for absent tasks.
+
+    Args:
+        tokens: supervised tokens N_i of the global step, shape (num_tasks,).
+        rows: samples n_i of the global step, shape (num_tasks,).
+    """
+    present = tokens > 0
+    weights = np.zeros(len(tokens))
+    weights[present] = rows[present] / (rows.sum() * tokens[present])
+    return weights

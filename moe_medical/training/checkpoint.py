@@ -1,0 +1,213 @@
+"""Portable checkpoints: safetensors + JSON, whole or not at all, readable at any layout. Nothing is unpickled.
+
+    checkpoints/
+      latest.json                 {"step": 2400}, replaced by rename
+      step-00002400/
+        adapters.safetensors      fp32 master of every trainable tensor, by parameter name
+        optimizer.safetensors     exp_avg.<name>, exp_avg_sq.<name>, fp32
+        state.json                step, samples, mixture state, counters
+        MANIFEST.json             written last: sha256 and bytes of each file, layout, versions
+
+Random numbers need no file: the trainer seeds them from (seed, step, rank) at every step.
+Not here: retries on a full disk, and reading with one damaged copy per node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moe_medical.distributed import TrainableState
+from moe_medical.distributed.state import MOMENTS
+from moe_medical.errors import DataError, StorageError
+
+FORMAT_VERSION = 1
+_MANIFEST, _STATE, _LATEST = "MANIFEST.json", "state.json", "latest.json"
+_ADAPTERS, _OPTIMIZER = "adapters.safetensors", "optimizer.safetensors"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on."""
+
+    trainable: TrainableState
+    state: dict[str, Any]
+    """JSON values: samples, mixture state, counters."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. One process writes; any may read."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+
+    def save(self, checkpoint: Checkpoint, layout: dict[str, Any]) -> Path:
+        """Publish a checkpoint atomically, move the pointer, prune old ones. Never overwrites a step.
+
+        Raises:
+            StorageError: the disk refused; earlier checkpoints are untouched.
+        """
+        target = self.root / _name(checkpoint.trainable.step)
+        if target.is_dir():
+            return target
+        draft = self.root / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+        try:
+            draft.mkdir(parents=True)
+            _write_files(draft, checkpoint)
+            _write_json(draft / _MANIFEST, _manifest(draft, checkpoint.trainable.step, layout))
+            _sync(draft)
+            draft.rename(target)
+            _replace_json(self.root / _LATEST, {"step": checkpoint.trainable.step})
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(draft, ignore_errors=True)
+            last = self.newest_step()
+            raise StorageError(f"{target}: cannot be written ({e}). Last good step: {last}.") from None
+        self._prune()
+        return target
+
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint whose every file is what the manifest says; damaged ones are set aside."""
+        for folder in self._folders():
+            problem = _damage(folder)
+            if problem is None:
+                return _step(folder)
+            aside = folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:4]}")
+            folder.rename(aside)
+            _LOG.warning("checkpoint %s is damaged (%s); set aside as %s", folder.name, problem, aside.name)
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint that `newest_step` has found valid."""
+        folder = self.root / _name(step)
+        optimizer = load_file(folder / _OPTIMIZER)
+        moments: dict[str, dict[str, torch.Tensor]] = {key: {} for key in MOMENTS}
+        for full_name, tensor in optimizer.items():
+            key, _, name = full_name.partition(".")
+            moments[key][name] = tensor
+        state = json.loads((folder / _STATE).read_text())
+        return Checkpoint(TrainableState(load_file(folder / _ADAPTERS), moments, step), state)
+
+    def _folders(self) -> Iterator[Path]:
+        """Published checkpoints, newest first. The pointer is for people; the folders are the truth."""
+        names = sorted((p.name for p in self.root.glob("step-*") if p.name == _name(_step(p))), reverse=True)
+        return (self.root / name for name in names)
+
+    def _prune(self) -> None:
+        for folder in list(self._folders())[self.keep :]:
+            shutil.rmtree(folder, ignore_errors=True)
+        for stale in self.root.glob("step-*.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def check_same_names(checkpoint: Checkpoint, names: set[str]) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's trainable ones.
+
+    Raises:
+        DataError: naming the first missing and extra tensors.
+    """
+    saved = set(checkpoint.trainable.parameters)
+    if saved == names:
+        return
+    missing, extra = sorted(names - saved)[:3], sorted(saved - names)[:3]
+    raise DataError(
+        f"the checkpoint's tensors are not this model's: missing {missing}, extra {extra}. "
+        "Were model or adapters changed in the run file? Use a new run.name."
+    )
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(folder: Path) -> int:
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    trainable = checkpoint.trainable
+    save_file(trainable.parameters, folder / _ADAPTERS)
+    moments = {f"{key}.{name}": t for key, of in trainable.moments.items() for name, t in of.items()}
+    save_file(moments, folder / _OPTIMIZER)
+    _write_json(folder / _STATE, {"step": trainable.step, **checkpoint.state})
+
+
+def _manifest(folder: Path, step: int, layout: dict[str, Any]) -> dict[str, Any]:
+    files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.iterdir())}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "format": "moe_medical.checkpoint",
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "files": files,
+        "layout": layout,
+        "versions": versions | {"device": device},
+    }
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise DataError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}")
+        if manifest["step"] != _step(folder):
+            return f"manifest of step {manifest['step']}"
+        if {_ADAPTERS, _OPTIMIZER, _STATE} - set(manifest["files"]):
+            return "manifest lacks a file"
+        for name, expected in manifest["files"].items():
+            if (folder / name).stat().st_size != expected["bytes"] or _sha256(folder / name) != expected["sha256"]:
+                return f"{name} differs from the manifest"
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"{type(e).__name__} while reading it"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _replace_json(path: Path, value: object) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    _write_json(draft, value)
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""One optimizer step: the micro-batches of this rank, weighted so that all ranks together make the global loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_medical.adapters.losses import balance_loss, z_loss
+from moe_medical.adapters.routing import RoutingContext
+from moe_medical.config.presets import MoloraConfig
+from moe_medical.data.batches import Batch
+from moe_medical.distributed import Engine
+from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What all ranks agree on before the first backward of a step."""
+
+    tokens_T: np.ndarray
+    """Supervised tokens of each task in the global step."""
+    rows_T: np.ndarray
+    """Samples of each task in the global step."""
+    all_tokens: int
+    """Tokens of the global step, prompts included, padding not."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: bool) -> StepCounts:
+    """Sum this step's counts, and the stop flags, over all ranks. Collective: every rank must call."""
+    mine = np.zeros(2 * num_tasks + 2)
+    for batch in batches:
+        mine[:num_tasks] += batch.targets_per_task(num_tasks).numpy()
+        mine[num_tasks : 2 * num_tasks] += batch.rows_per_task(num_tasks).numpy()
+        mine[-2] += batch.num_tokens
+    mine[-1] = stop
+    everyone = engine.topology.sum(mine)
+    tokens, rows = everyone[:num_tasks], everyone[num_tasks : 2 * num_tasks]
+    return StepCounts(tokens, rows, int(everyone[-2]), bool(everyone[-1]))
+
+
+def accumulate(
+    engine: Engine,
+    context: RoutingContext,
+    adapters: MoloraConfig,
+    batches: Sequence[Batch],
+    counts: StepCounts,
+) -> np.ndarray:
+    """Forward and backward over this rank's micro-batches.
+
+    Returns:
+        This rank's sums per task, shape (3, num_tasks): loss, supervised tokens, samples.
+    """
+    num_tasks = len(counts.tokens_T)
+    device = engine.topology.device
+    weights_T = torch.tensor(token_weights(counts.tokens_T, counts.rows_T), dtype=torch.float32, device=device)
+    sums = np.zeros((3, num_tasks))
+    for cpu_batch in batches:
+        batch = cpu_batch.to(device)
+        with context.bind(batch.token_mask_BS, batch.task_ids_BS):
+            losses, task_ids = token_losses(engine, batch)
+            loss = (losses * weights_T[task_ids]).sum()
+            share = batch.num_tokens / counts.all_tokens
+            engine.backward(loss + share * _router_losses(context, adapters))
+            sums += task_sums(losses, task_ids, batch, num_tasks).numpy()
+    return sums
+
+
+def _router_losses(context: RoutingContext, adapters: MoloraConfig) -> torch.Tensor | float:
+    """Balance and z-loss of one micro-batch, weighted; statistics are the micro-batch's own."""
+    total: torch.Tensor | float = 0.0
+    routings = context.routings.values()
+    if adapters.balance_coefficient:
+        total = total + adapters.balance_coefficient * balance_loss(routings, context.token_mask_T)
+    if adapters.z_coefficient:
+        total = total + adapters.z_coefficient * z_loss(routings, context.token_mask_T)
+    return total
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank): a resumed run needs no generator state."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,101 @@
+"""The result of a run, task by task: printed, written to results.json, and sent to W&B as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from moe_medical.console import show, show_table
+from moe_medical.training.run_folder import write_json
+from moe_medical.training.trainer import RunResult
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One line of the table."""
+
+    task: str
+    rows: int
+    weight: float
+    """Share of the samples trained on."""
+    repeats: float
+    metric: str
+    loss_before: float
+    loss_after: float
+    score_before: float | None
+    score_after: float | None
+
+    @property
+    def improved(self) -> bool:
+        return self.loss_after < self.loss_before
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    tasks: list[TaskSummary]
+    macro_loss_before: float
+    macro_loss_after: float
+    macro_score_before: float | None
+    macro_score_after: float | None
+    tasks_improved: int
+
+
+def summarize(result: RunResult) -> RunSummary:
+    """Evaluations before and after, joined with what each task got of the run."""
+    total = result.samples_per_task.sum()
+    tasks = []
+    for task, samples in zip(result.tasks, result.samples_per_task.tolist(), strict=True):
+        before, after = result.before.tasks[task.name], result.after.tasks[task.name]
+        shares = (len(task.train), samples / total, samples / len(task.train), task.spec.metric)
+        tasks.append(TaskSummary(task.name, *shares, before.loss, after.loss, before.score, after.score))
+    return RunSummary(
+        tasks=tasks,
+        macro_loss_before=result.before.macro_loss,
+        macro_loss_after=result.after.macro_loss,
+        macro_score_before=result.before.macro_score,
+        macro_score_after=result.after.macro_score,
+        tasks_improved=sum(t.improved for t in tasks),
+    )
+
+
+def write_summary(summary: RunSummary, result: RunResult) -> None:
+    write_json(result.folder.results, asdict(summary))
+
+
+def show_summary(summary: RunSummary, result: RunResult) -> None:
+    """Print the per-task table and where everything lies."""
+    columns = ("task", "rows", "weight", "repeats", "loss before", "after", "metric", "score before", "after")
+    rows = [_row(t) for t in sorted(summary.tasks, key=lambda t: -t.rows)]
+    footer = ("macro average", "", "", "", f"{summary.macro_loss_before:.3f}", f"{summary.macro_loss_after:.3f}", "")
+    scores = (_score(summary.macro_score_before), _score(summary.macro_score_after))
+    show_table("", columns, rows, (*footer, *scores))
+    fall = 100 * (1 - summary.macro_loss_after / summary.macro_loss_before)
+    improved = f"{summary.tasks_improved} of {len(summary.tasks)} tasks improved"
+    show(f"macro-average evaluation loss fell by {fall:.1f} %; {improved}\n")
+    folder = result.folder
+    for what, path in (
+        ("adapter", folder.adapter),
+        ("results", folder.results),
+        ("metrics", folder.metrics),
+        ("checkpoints", folder.checkpoints),
+        ("W&B", folder.root / "wandb"),
+    ):
+        if path.exists():
+            show(f"{what:<12} {path}")
+
+
+def _row(task: TaskSummary) -> tuple[str, ...]:
+    return (
+        task.task,
+        f"{task.rows:,}",
+        f"{task.weight:.4f}",
+        f"{task.repeats:.2f}",
+        f"{task.loss_before:.3f}",
+        f"{task.loss_after:.3f}",
+        task.metric,
+        _score(task.score_before),
+        _score(task.score_after),
+    )
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

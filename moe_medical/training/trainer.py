@@ -1,0 +1,304 @@
+"""A run from its config to its adapter: restore, evaluate, train, evaluate, save.
+
+Every rank runs this; the main rank alone writes files, logs and shows progress. What a step trains on is a
+function of (config, step), so a resume needs the checkpoint and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_medical.adapters.interop import save_adapter
+from moe_medical.adapters.model import adapter_parameters, attach_adapters
+from moe_medical.base_model import BaseModel, locate_base
+from moe_medical.base_model.load import load_base
+from moe_medical.config import RunConfig, resolve_adapters, save_config
+from moe_medical.console import ProgressLine, progress_line
+from moe_medical.data.batches import TrainingBatches
+from moe_medical.data.formats import ChatFormat
+from moe_medical.data.tasks import TaskData, build_plan, load_tasks
+from moe_medical.distributed import Topology, build_engine, gather_state, load_state
+from moe_medical.distributed.state import gather_parameters
+from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
+from moe_medical.evaluation.evaluate import Evaluation, Evaluator
+from moe_medical.tracking.meters import SpeedMeter, TaskMeter
+from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
+from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_names
+from moe_medical.training.run_folder import RunFolder
+from moe_medical.training.schedule import learning_rate
+from moe_medical.training.step import accumulate, count_step, seed_step
+from moe_medical.training.stopping import StopFlag
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run has to show."""
+
+    folder: RunFolder
+    tasks: list[TaskData]
+    before: Evaluation
+    after: Evaluation
+    samples_per_task: np.ndarray
+    """Samples of each task that the run trained on."""
+
+
+class Trainer:
+    """One rank of a run. Collective throughout: every rank must make the same calls."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.folder = RunFolder(Path(config.run.dir))
+        self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
+        self.base = locate_base(config.model)
+        self.chat = ChatFormat.from_folder(self.base.folder, config.data.system_prompt, config.data.max_length)
+        self.tasks = load_tasks(config.data, config.evaluation.split, self.chat)
+        samples = config.training.steps * config.training.global_batch
+        self.plan = build_plan(self.tasks, config.data, config.run.seed, samples)
+        self.plan.counts(samples)  # fails now, not after hours, if the repeat caps cannot feed the run
+        self.adapters = resolve_adapters(config.adapters)
+        model = load_base(self.base, config.model.dtype).train()
+        self.context = attach_adapters(model, self.adapters, config.run.seed)
+        self.engine = build_engine(model, adapter_parameters(model), config, topology)
+        self.batches = self._training_batches()
+        synced = self.engine.needs_equal_forwards
+        self.evaluator = Evaluator(self.tasks, self.chat, config.evaluation, topology, synced)
+        self.stop = StopFlag()
+        self.meter = TaskMeter([t.name for t in self.tasks])
+        self.speed = SpeedMeter()
+        self.tokens_seen = 0
+        self.sinks = Sinks()
+
+    def run(self) -> RunResult:
+        """Train to the last step.
+
+        Raises:
+            PreemptedError: a signal asked to stop; a checkpoint of the reached step is there.
+        """
+        exit_code = 1
+        with self.stop.listening():
+            try:
+                first = self._restore()
+                self._open_outputs(first)
+                before = self._evaluation_at(0, "evaluating before")
+                self._train_from(first)
+                self._save_checkpoint(self.config.training.steps)
+                after = self._evaluation_at(self.config.training.steps, "evaluating after")
+                self._save_adapter()
+                exit_code = 0
+            except PreemptedError as e:
+                exit_code = e.exit_code
+                raise
+            finally:
+                self.sinks.close(exit_code)
+        return RunResult(self.folder, self.tasks, before, after, self._samples(self.config.training.steps))
+
+    # Setting up
+
+    def _samples(self, steps: int) -> np.ndarray:
+        return self.plan.counts(steps * self.config.training.global_batch)
+
+    def _training_batches(self) -> TrainingBatches:
+        training, topology = self.config.training, self.topology
+        sizes = (training.global_batch, training.micro_batch, topology.rank, topology.world_size)
+        return TrainingBatches(self.plan, self.tasks, self.chat, *sizes)
+
+    def _open_outputs(self, first: int) -> None:
+        if not self.topology.is_main:
+            return
+        if first == 0:
+            self.folder.forget_evaluations()
+        self.folder.root.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.folder.config)
+        jsonl = JsonlSink(self.folder.metrics)
+        jsonl.truncate_after(first or -1)
+        self.sinks.append(jsonl)
+        wandb = self.config.tracking.wandb
+        if wandb.enabled:
+            sink = WandbSink(self.folder.root, asdict(self.config), wandb.project, wandb.entity, wandb.mode)
+            self.sinks.append(sink)
+
+    # Checkpoints
+
+    def _restore(self) -> int:
+        """Bring back the newest checkpoint; returns the step to go on with, 0 for a fresh start."""
+        step = self._agreed_newest_step()
+        mode, root = self.config.checkpoint.resume, self.folder.checkpoints
+        if step is None and mode == "must":
+            raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
+        if step is None:
+            _LOG.info("no checkpoint in %s: starting at step 0", root)
+            return 0
+        if mode == "never":
+            rule = f"is never, but {root} has a checkpoint of step {step}"
+            problem = Problem("checkpoint.resume", rule, fix="Use resume=auto or a new run.name.")
+            raise ConfigError("the run folder", [problem])
+        checkpoint = self.checkpoints.load(step)
+        self._check_resumable(checkpoint)
+        load_state(self.engine, checkpoint.trainable)
+        self.tokens_seen = int(checkpoint.state["tokens"])
+        _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
+        return step
+
+    def _agreed_newest_step(self) -> int | None:
+        """The main rank looks, all ranks hear: two of them must not load different steps."""
+        found = self.checkpoints.newest_step() if self.topology.is_main else None
+        told = self.topology.sum(np.array([0.0 if found is None else found + 1.0]))[0]
+        return int(told) - 1 if told else None
+
+    def _check_resumable(self, checkpoint: Checkpoint) -> None:
+        check_same_names(checkpoint, set(self.engine.named))
+        for file, digest in self._fingerprints().items():
+            saved = checkpoint.state["fingerprints"].get(file)
+            if saved is not None and saved != digest:
+                raise DataError(f"{file} has changed since the checkpoint. Restore it or use a new run.name.")
+        if checkpoint.state["mixture"] != self.plan.state():
+            raise DataError("the mixture is not the checkpoint's: tasks, rows or mix settings changed. Use a new run.name.")
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {file: digest for task in self.tasks for file, digest in task.fingerprints.items()}
+
+    def _save_checkpoint(self, step: int) -> None:
+        trainable = gather_state(self.engine, step)
+        if self.topology.is_main:
+            state = {
+                "samples": step * self.config.training.global_batch,
+                "tokens": self.tokens_seen,
+                "seed": self.config.run.seed,
+                "mixture": self.plan.state(),
+                "fingerprints": self._fingerprints(),
+            }
+            layout = {"world_size": self.topology.world_size, "zero_stage": self.engine.stage, "ep_size": 1}
+            self.checkpoints.save(Checkpoint(trainable, state), layout)
+        self.topology.barrier()
+
+    # Training
+
+    def _train_from(self, first: int) -> None:
+        training = self.config.training
+        with progress_line("training", training.steps, self.topology.is_main) as progress:
+            progress.advance(first)
+            for step in range(first, training.steps):
+                self.speed.restart()
+                self._one_step(step, progress)
+                done = step + 1
+                if self._due(self.config.evaluation.every_steps, done):
+                    self._evaluation_at(done, f"evaluating at step {done}")
+                if self._due(self.config.checkpoint.every_steps, done):
+                    self._save_checkpoint(done)
+
+    def _due(self, every: int, done: int) -> bool:
+        return every > 0 and done % every == 0 and done < self.config.training.steps
+
+    def _one_step(self, step: int, progress: ProgressLine) -> None:
+        seed_step(self.config.run.seed, step, self.topology.rank)
+        batches = self.batches.step(step)
+        counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
+        if counts.stop:
+            self._stop_at(step)
+        sums = accumulate(self.engine, self.context, self.adapters, batches, counts)
+        rate = learning_rate(self.config.training, step)
+        norm = self.engine.step(rate)
+        self.tokens_seen += counts.all_tokens
+        self.meter.sums += sums.T
+        self.speed.step(counts.all_tokens)
+        if (step + 1) % self.config.tracking.log_every_steps == 0:
+            loss = self._log_step(step + 1, rate, norm)
+            progress.advance(self.config.tracking.log_every_steps, self._note(loss))
+
+    def _log_step(self, done: int, rate: float, norm: float) -> float:
+        self.meter.reduce(self.topology.sum)
+        rows = self.meter.rows
+        samples = sum(r.samples for r in rows.values())
+        loss = sum(r.loss * r.samples for r in rows.values()) / samples
+        values = {f"train_loss/{task}": row.loss for task, row in rows.items()}
+        values |= {
+            "loss": loss,
+            "tokens": self.tokens_seen,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "step_seconds": self.speed.step_seconds,
+            "tokens_per_second": self.speed.tokens_per_second,
+        }
+        values |= self._mixture_values(done)
+        self.sinks.log(values, done)
+        self.meter.reset()
+        return loss
+
+    def _mixture_values(self, done: int) -> dict[str, float]:
+        samples = self._samples(done)
+        total = samples.sum()
+        shares = {f"mix/{t.name}": float(n / total) for t, n in zip(self.tasks, samples, strict=True)}
+        repeats = {f"repeats/{t.name}": float(n / len(t.train)) for t, n in zip(self.tasks, samples, strict=True)}
+        return shares | repeats
+
+    def _note(self, loss: float) -> str:
+        return f"loss {loss:.3f}  {self.speed.tokens_per_second:.0f} tokens/s"
+
+    def _stop_at(self, step: int) -> None:
+        if step > 0:
+            self._save_checkpoint(step)
+        raise PreemptedError(
+            f"stopped before step {step + 1} of {self.config.training.steps}; run the same command again to go on"
+        )
+
+    # Results
+
+    def _evaluation_at(self, step: int, label: str) -> Evaluation:
+        """The evaluation after `step` steps: made once, then read back, so a resumed run does not repeat it."""
+        known = self.folder.read_evaluation(step)
+        if int(self.topology.sum(np.array([known is not None]))[0]) == self.topology.world_size and known:
+            return known
+        with progress_line(label, self.evaluator.num_batches, self.topology.is_main) as progress:
+
+            def advance() -> None:
+                progress.advance()
+                if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
+                    self._stop_at_evaluation(step)
+
+            evaluation = self.evaluator.run(self.engine.module, step, advance)
+        if self.topology.is_main:
+            self.folder.write_evaluation(evaluation)
+            self.sinks.log(self._evaluation_values(evaluation), step)
+        self.topology.barrier()
+        return evaluation
+
+    def _stop_at_evaluation(self, step: int) -> None:
+        raise PreemptedError(f"stopped while evaluating at step {step}; run the same command again to go on")
+
+    def _evaluation_values(self, evaluation: Evaluation) -> dict[str, float]:
+        values = {"tokens": float(self.tokens_seen), "eval/macro_loss": evaluation.macro_loss}
+        if evaluation.macro_score is not None:
+            values["eval/macro_score"] = evaluation.macro_score
+        values |= {f"eval_loss/{name}": task.loss for name, task in evaluation.tasks.items()}
+        scores = {name: task.score for name, task in evaluation.tasks.items()}
+        return values | {f"eval_score/{name}": s for name, s in scores.items() if s is not None}
+
+    def _save_adapter(self) -> None:
+        state = gather_parameters(self.engine)
+        if self.topology.is_main:
+            save_adapter(self.folder.adapter, state, self.adapters, adapter_meta(self.config, self.base, self.tasks))
+        self.topology.barrier()
+
+
+def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> dict[str, Any]:
+    """What a user of the adapter must know beside its weights."""
+    labels = {t.name: sorted({c for e in t.evaluation for c in e.choices}) for t in tasks}
+    return {
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "tasks": [t.name for t in tasks],
+        "label_sets": {name: values for name, values in labels.items() if values},
+        "system_prompt": config.data.system_prompt,
+        "max_length": config.data.max_length,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed,
+        "steps": config.training.steps,
+    }
+
