@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
     generate.add_argument("adapter", type=Path, help="adapter folder")
-    generate.add_argument("--prompts", type=Path, help="file with a prompt per line; standard input without it")
+    generate.add_argument(
+        "--prompts", type=Path, help="file with a prompt per line; standard input without it"
+    )
     generate.add_argument("--base", help="base model, where it is not the one the adapter names")
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument("--batch-rows", type=_positive, default=16)

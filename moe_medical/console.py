@@ -1,6 +1,6 @@
-"""What a person sees: one rich console, log lines, tables and progress. Everything goes to stderr or is asked for.
+"""What a person sees: log lines, tables and progress.
 
-Only the main rank shows anything; results that a pipe may want (tables, generated text) go to stdout.
+Only the main rank shows anything. Logs and progress go to stderr; results that a pipe may want (tables, generated text) go to stdout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 _LOG = logging.getLogger(__name__)
@@ -20,8 +27,12 @@ _LOG = logging.getLogger(__name__)
 
 def setup_logging(is_main: bool) -> None:
     """Log lines of the main rank at INFO, of the others from WARNING on."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, rich_tracebacks=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, rich_tracebacks=False
+    )
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True
+    )
     logging.getLogger("moe_medical").setLevel(logging.INFO if is_main else logging.WARNING)
 
 
@@ -31,7 +42,9 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()) -> None:
+def show_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()
+) -> None:
     """A table on stdout; the first column is left-aligned, the others right."""
     table = Table(title=title, show_footer=bool(footer), title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):

@@ -52,7 +52,7 @@ def add_low_rank(
     Returns:
         (T, F), in the dtype of y.
     """
-    result: Tensor = _AddLowRank.apply(y_TF, x_TD, lora_A, lora_B, gate_TE, scaling, dropout)  # type: ignore[no-untyped-call]
+    result: Tensor = _AddLowRank.apply(y_TF, x_TD, lora_A, lora_B, gate_TE, scaling, dropout)
     return result
 
 

@@ -49,7 +49,7 @@ class TokenRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each token; all four tensors of the result are float32 or int64."""
-        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)
         top_logits_TK, expert_ids_TK = logits_TE.topk(self.top_k, dim=-1)
         return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
 

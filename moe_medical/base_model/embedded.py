@@ -45,7 +45,9 @@ def verify_checksums(folder: Path) -> None:
         return
     for name, expected in json.loads(record.read_text()).items():
         if sha256(folder / name) != expected:
-            raise DataError(f"{folder / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Delete {folder}.")
+            raise DataError(
+                f"{folder / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Delete {folder}."
+            )
 
 
 def sha256(path: Path) -> str:

@@ -24,7 +24,11 @@ def load_base(base: BaseModel, dtype: str) -> nn.Module:
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True
+            base.folder,
+            dtype=_DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except (OSError, ValueError) as e:
         raise DataError(f"{base.folder} cannot be loaded as a causal LM: {str(e).splitlines()[0]}") from None

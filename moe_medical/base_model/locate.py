@@ -79,7 +79,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not JSON"
-        problem = Problem("model.name", "must be a model folder with a readable config.json", f"{path}: {reason}")
+        problem = Problem(
+            "model.name", "must be a model folder with a readable config.json", f"{path}: {reason}"
+        )
         raise ConfigError("the base model", [problem]) from None
     return dict(config)
 
@@ -87,7 +89,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
     if "auto_map" in config:
         raise SecurityRefusal(
-            f"model.name: {folder}/config.json has an auto_map, that is, it wants code of the model folder to run. "
+            f"model.name: {folder}/config.json has an auto_map: it wants code of the model folder to run. "
             "Remote code is never run; use a model that transformers itself knows."
         )
 
@@ -98,8 +100,8 @@ def _require_safetensors(folder: Path) -> None:
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         raise SecurityRefusal(
-            f"model.name: {folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code when "
-            "loaded. Convert them to safetensors on a machine that you can afford to lose."
+            f"model.name: {folder} has only pickled weights ({', '.join(pickled[:3])}), which can run code "
+            "when loaded. Convert them to safetensors on a machine that you can afford to lose."
         )
     problem = Problem("model.name", "must be a folder with *.safetensors", str(folder))
     raise ConfigError("the base model", [problem])

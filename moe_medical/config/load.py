@@ -57,7 +57,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise ConfigError(str(path), [Problem(str(path), "must be a readable file", e.strerror)]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        where = f":{e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
+        mark = getattr(e, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
         reason = getattr(e, "problem", None) or "not text"
         raise ConfigError(str(path), [Problem(f"{path}{where}", "must be valid YAML", reason)]) from None
     if not isinstance(tree, dict):
@@ -136,9 +137,9 @@ def _fields(kind: Any) -> Sequence[Any]:
 
 
 def _blank_unresolvable(config: DictConfig) -> list[Problem]:
-    """Report values that are missing or cannot be resolved, and empty them so that the rest is checked too."""
+    """Report values that are missing or unresolvable, and empty them so that the rest is checked too."""
     problems = []
-    for key, value in list(_leaves(OmegaConf.to_container(config, resolve=False))):  # type: ignore[arg-type]
+    for key, value in list(_leaves(OmegaConf.to_container(config, resolve=False))):
         if value == "???":
             problems.append(Problem(key, "must be given"))
             OmegaConf.update(config, key, "")

@@ -7,6 +7,7 @@ Sources: ming_moe is MING-MOE (arXiv 2404.09027) with the released code's values
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from moe_medical.config.schema import AdaptersSection
 
@@ -42,6 +43,8 @@ PRESETS: dict[str, MoloraConfig] = {
 
 def resolve_adapters(section: AdaptersSection) -> MoloraConfig:
     """The preset with the section's own values on top."""
-    chosen = {f.name: getattr(section, f.name) for f in fields(section)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
+    given: dict[str, Any] = {}
+    for key, value in ((f.name, getattr(section, f.name)) for f in fields(section)):
+        if value is not None:
+            given[key] = tuple(value) if isinstance(value, list) else value
     return replace(PRESETS[section.preset], **given)

@@ -8,7 +8,8 @@ by length into its micro-batches; which samples make a global batch depends on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -35,8 +36,11 @@ class Batch:
     """Columns at the right end that hold all targets."""
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {
+            name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
     @property
     def num_tokens(self) -> int:

@@ -67,7 +67,9 @@ def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
     unknown = [name for name in section.tasks if name not in known]
     if unknown:
         fix = f"Tasks there: {', '.join(sorted(known))}."
-        problems = [Problem(f"data.tasks.{n}", f"is not a task of {section.recipe}", fix=fix) for n in unknown]
+        problems = [
+            Problem(f"data.tasks.{n}", f"is not a task of {section.recipe}", fix=fix) for n in unknown
+        ]
         raise ConfigError("the run file", problems)
 
 
@@ -103,6 +105,8 @@ def _fits(example: Example, chat: ChatFormat) -> bool:
 def _report_dropped(task: TaskData, train_rows: int, evaluation_rows: int, max_length: int) -> None:
     dropped = train_rows - len(task.train) + evaluation_rows - len(task.evaluation)
     if dropped:
-        _LOG.warning("%s: %d rows left out, their target exceeds max_length %d", task.name, dropped, max_length)
+        _LOG.warning(
+            "%s: %d rows left out, their target exceeds max_length %d", task.name, dropped, max_length
+        )
     if not task.train or not task.evaluation:
         raise DataError(f"{task.spec.path}: no row is left whose target fits data.max_length ({max_length})")

@@ -40,7 +40,7 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model itself, for evaluation and generation."""
-        return self.deepspeed.module  # type: ignore[no-any-return]
+        return self.deepspeed.module
 
     @property
     def needs_equal_forwards(self) -> bool:

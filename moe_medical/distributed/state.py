@@ -94,7 +94,7 @@ def _set_moment(engine: Engine, parameter: nn.Parameter, key: str, value: torch.
 
 def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
     outer = engine.deepspeed.optimizer
-    return outer if engine.stage == 0 else outer.optimizer  # type: ignore[no-any-return]
+    return outer if engine.stage == 0 else outer.optimizer
 
 
 def _flat_masters(engine: Engine) -> Iterable[torch.Tensor]:
@@ -103,8 +103,8 @@ def _flat_masters(engine: Engine) -> Iterable[torch.Tensor]:
     if engine.stage == 0:
         return engine.named.values()
     if engine.stage == 3:
-        return outer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
-    return outer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+        return outer.fp32_partitioned_groups_flat
+    return outer.single_partition_of_fp32_groups
 
 
 def _ensure_moments(engine: Engine) -> None:

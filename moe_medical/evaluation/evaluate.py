@@ -61,7 +61,7 @@ class Evaluation:
         return {"step": self.step, "tasks": {k: asdict(v) for k, v in self.tasks.items()}}
 
     @classmethod
-    def from_json(cls, data: dict) -> Evaluation:  # type: ignore[type-arg]
+    def from_json(cls, data: dict) -> Evaluation:
         return cls(data["step"], {k: TaskResult(**v) for k, v in data["tasks"].items()})
 
 
@@ -96,7 +96,9 @@ class Evaluator:
         for i, task in enumerate(self._tasks):
             value, count = scores.get(i, (None, 0))
             mean = float(loss[i] / max(tokens[i], 1))
-            results[task.name] = TaskResult(mean, int(tokens[i]), int(rows[i]), task.spec.metric, value, count)
+            results[task.name] = TaskResult(
+                mean, int(tokens[i]), int(rows[i]), task.spec.metric, value, count
+            )
         return Evaluation(step, results)
 
     def _losses(self, model: nn.Module, advance: Callable[[], None]) -> np.ndarray:
@@ -127,7 +129,7 @@ class Evaluator:
         everyone = self._topology.gather(mine.unsqueeze(0))  # (world, turns, batch_rows, width)
         return everyone.transpose(0, 1).reshape(-1, mine.shape[-1]).cpu()
 
-    def _score_texts(self, rows: list, ids: torch.Tensor) -> dict[int, tuple[float, int]]:  # type: ignore[type-arg]
+    def _score_texts(self, rows: list, ids: torch.Tensor) -> dict[int, tuple[float, int]]:
         # Batches are full but for the last one and stand-ins, so rows and tokens line up from the start.
         texts: dict[int, list[tuple[str, str]]] = {}
         for (task, example), line in zip(self._ordered(rows), ids, strict=False):
@@ -140,18 +142,18 @@ class Evaluator:
             scores[task] = (score(spec.metric, predictions, targets, spec.language), len(pairs))
         return scores
 
-    def _loss_rows(self) -> list:  # type: ignore[type-arg]
+    def _loss_rows(self) -> list:
         n = self._section.loss_rows
         return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
 
-    def _score_rows(self) -> list:  # type: ignore[type-arg]
+    def _score_rows(self) -> list:
         n = self._section.score_rows
         return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
 
-    def _ordered(self, rows: list) -> list:  # type: ignore[type-arg]
+    def _ordered(self, rows: list) -> list:
         return sorted(rows, key=lambda row: len(row[1].prompt) + len(row[1].target), reverse=True)
 
-    def _dealt(self, rows: list) -> list:  # type: ignore[type-arg]
+    def _dealt(self, rows: list) -> list:
         return list(deal(self._ordered(rows), self._section.batch_rows, self._topology))
 
 

@@ -19,12 +19,13 @@ from moe_medical.data.formats import ChatFormat
 from moe_medical.errors import DataError
 from moe_medical.evaluation.generate import generate_texts
 
-
 _MAX_LENGTH = 2048
 """Tokens of a prompt where the adapter says nothing."""
 
 
-def answer_prompts(adapter: Path, prompts: Path | None, base: str | None, max_new_tokens: int, batch_rows: int) -> None:
+def answer_prompts(
+    adapter: Path, prompts: Path | None, base: str | None, max_new_tokens: int, batch_rows: int
+) -> None:
     """Answer each line of a file or of standard input; one JSON object per line on standard output.
 
     Raises:
@@ -42,7 +43,9 @@ def load_answering_model(adapter: Path, base: str | None = None) -> tuple[nn.Mod
     """The base model with the adapter on it, ready to generate, and the format it was trained with."""
     config, meta, state = load_adapter(adapter)
     located = locate_base(ModelSection(base or meta["base_model"], meta["base_revision"]))
-    chat = ChatFormat.from_folder(located.folder, meta.get("system_prompt"), meta.get("max_length", _MAX_LENGTH))
+    chat = ChatFormat.from_folder(
+        located.folder, meta.get("system_prompt"), meta.get("max_length", _MAX_LENGTH)
+    )
     model = load_base(located, meta.get("dtype", "float32"))
     attach_adapters(model, config, seed=0)  # the weights come from the adapter
     load_adapter_state(model, state)
@@ -54,7 +57,9 @@ def _read_prompts(path: Path | None) -> list[str]:
     try:
         text = sys.stdin.read() if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"--prompts {path} cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
+        raise DataError(
+            f"--prompts {path} cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}"
+        ) from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{path or 'standard input'} holds no prompt; one per line is expected")

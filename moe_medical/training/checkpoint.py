@@ -1,4 +1,4 @@
-"""Portable checkpoints: safetensors + JSON, whole or not at all, readable at any layout. Nothing is unpickled.
+"""Portable checkpoints: safetensors + JSON, whole or not at all, readable at any layout.
 
     checkpoints/
       latest.json                 {"step": 2400}, replaced by rename
@@ -8,7 +8,7 @@
         state.json                step, samples, mixture state, counters
         MANIFEST.json             written last: sha256 and bytes of each file, layout, versions
 
-Random numbers need no file: the trainer seeds them from (seed, step, rank) at every step.
+Nothing is ever unpickled. Random numbers need no file: the trainer seeds them from (seed, step, rank) at every step.
 Not here: retries on a full disk, and reading with one damaged copy per node.
 """
 
@@ -80,7 +80,7 @@ class CheckpointFolder:
         return target
 
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint whose every file is what the manifest says; damaged ones are set aside."""
+        """Step of the newest checkpoint whose files are what its manifest says; damaged ones are set aside."""
         for folder in self._folders():
             problem = _damage(folder)
             if problem is None:
@@ -165,13 +165,17 @@ def _damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format_version"] != FORMAT_VERSION:
-            raise DataError(f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}")
+            raise DataError(
+                f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}"
+            )
         if manifest["step"] != _step(folder):
             return f"manifest of step {manifest['step']}"
         if {_ADAPTERS, _OPTIMIZER, _STATE} - set(manifest["files"]):
             return "manifest lacks a file"
         for name, expected in manifest["files"].items():
-            if (folder / name).stat().st_size != expected["bytes"] or _sha256(folder / name) != expected["sha256"]:
+            if (folder / name).stat().st_size != expected["bytes"] or _sha256(folder / name) != expected[
+                "sha256"
+            ]:
                 return f"{name} differs from the manifest"
     except DataError:
         raise

@@ -164,7 +164,15 @@ def mean_tokens(task: TaskData, chat: ChatFormat) -> float:
 def _show_tasks(tasks: Sequence[TaskPlan]) -> None:
     columns = ("task", "kind", "rows", "weight", "samples", "repeats", "tokens")
     rows = [
-        (t.name, t.kind, f"{t.rows:,}", f"{t.weight:.4f}", f"{t.samples:,}", f"{t.repeats:.2f}", f"{t.tokens:,}")
+        (
+            t.name,
+            t.kind,
+            f"{t.rows:,}",
+            f"{t.weight:.4f}",
+            f"{t.samples:,}",
+            f"{t.repeats:.2f}",
+            f"{t.tokens:,}",
+        )
         for t in sorted(tasks, key=lambda t: -t.rows)
     ]
     totals = (sum(t.rows for t in tasks), sum(t.samples for t in tasks), sum(t.tokens for t in tasks))
@@ -180,7 +188,13 @@ def _show_layers(layers: Sequence[LayerPlan]) -> None:
     for layer in layers:
         groups.setdefault((layer.name.rsplit(".", 1)[-1], layer.kind, layer.shape), []).append(layer)
     rows = [
-        (name, kind, f"{shape.in_features} -> {shape.out_features}", str(len(of)), f"{sum(x.parameters for x in of):,}")
+        (
+            name,
+            kind,
+            f"{shape.in_features} -> {shape.out_features}",
+            str(len(of)),
+            f"{sum(x.parameters for x in of):,}",
+        )
         for (name, kind, shape), of in groups.items()
     ]
     show_table("Adapted layers", ("module", "adapter", "shape", "layers", "parameters"), rows)

@@ -1,4 +1,4 @@
-"""One optimizer step: the micro-batches of this rank, weighted so that all ranks together make the global loss."""
+"""One optimizer step: this rank's micro-batches, weighted so that all ranks make the global loss."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def accumulate(
     """
     num_tasks = len(counts.tokens_T)
     device = engine.topology.device
-    weights_T = torch.tensor(token_weights(counts.tokens_T, counts.rows_T), dtype=torch.float32, device=device)
+    weights_T = torch.tensor(
+        token_weights(counts.tokens_T, counts.rows_T), dtype=torch.float32, device=device
+    )
     sums = np.zeros((3, num_tasks))
     for cpu_batch in batches:
         batch = cpu_batch.to(device)

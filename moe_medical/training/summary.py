@@ -65,7 +65,15 @@ def show_summary(summary: RunSummary, result: RunResult) -> None:
     """Print the per-task table and where everything lies."""
     columns = ("task", "rows", "weight", "repeats", "loss before", "after", "metric", "score before", "after")
     rows = [_row(t) for t in sorted(summary.tasks, key=lambda t: -t.rows)]
-    footer = ("macro average", "", "", "", f"{summary.macro_loss_before:.3f}", f"{summary.macro_loss_after:.3f}", "")
+    footer = (
+        "macro average",
+        "",
+        "",
+        "",
+        f"{summary.macro_loss_before:.3f}",
+        f"{summary.macro_loss_after:.3f}",
+        "",
+    )
     scores = (_score(summary.macro_score_before), _score(summary.macro_score_after))
     show_table("", columns, rows, (*footer, *scores))
     fall = 100 * (1 - summary.macro_loss_after / summary.macro_loss_before)

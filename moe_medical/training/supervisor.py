@@ -52,7 +52,9 @@ def _start(rank: int, num_ranks: int, arguments: Sequence[str], port: int) -> su
         "MASTER_PORT": str(port),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.Popen([sys.executable, "-m", "moe_medical", *arguments], env=env, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "moe_medical", *arguments], env=env, start_new_session=True
+    )
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

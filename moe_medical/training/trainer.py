@@ -57,7 +57,9 @@ class Trainer:
         self.folder = RunFolder(Path(config.run.dir))
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
         self.base = locate_base(config.model)
-        self.chat = ChatFormat.from_folder(self.base.folder, config.data.system_prompt, config.data.max_length)
+        self.chat = ChatFormat.from_folder(
+            self.base.folder, config.data.system_prompt, config.data.max_length
+        )
         self.tasks = load_tasks(config.data, config.evaluation.split, self.chat)
         samples = config.training.steps * config.training.global_batch
         self.plan = build_plan(self.tasks, config.data, config.run.seed, samples)
@@ -159,7 +161,9 @@ class Trainer:
             if saved is not None and saved != digest:
                 raise DataError(f"{file} has changed since the checkpoint. Restore it or use a new run.name.")
         if checkpoint.state["mixture"] != self.plan.state():
-            raise DataError("the mixture is not the checkpoint's: tasks, rows or mix settings changed. Use a new run.name.")
+            raise DataError(
+                "tasks, rows or mix settings differ from the checkpoint's. Restore them or use a new run.name."
+            )
 
     def _fingerprints(self) -> dict[str, str]:
         return {file: digest for task in self.tasks for file, digest in task.fingerprints.items()}
@@ -235,7 +239,9 @@ class Trainer:
         samples = self._samples(done)
         total = samples.sum()
         shares = {f"mix/{t.name}": float(n / total) for t, n in zip(self.tasks, samples, strict=True)}
-        repeats = {f"repeats/{t.name}": float(n / len(t.train)) for t, n in zip(self.tasks, samples, strict=True)}
+        repeats = {
+            f"repeats/{t.name}": float(n / len(t.train)) for t, n in zip(self.tasks, samples, strict=True)
+        }
         return shares | repeats
 
     def _note(self, loss: float) -> str:
@@ -245,13 +251,13 @@ class Trainer:
         if step > 0:
             self._save_checkpoint(step)
         raise PreemptedError(
-            f"stopped before step {step + 1} of {self.config.training.steps}; run the same command again to go on"
+            f"stopped before step {step + 1} of {self.config.training.steps}; run the same command to go on"
         )
 
     # Results
 
     def _evaluation_at(self, step: int, label: str) -> Evaluation:
-        """The evaluation after `step` steps: made once, then read back, so a resumed run does not repeat it."""
+        """The evaluation after `step` steps; a resumed run reads it back instead of repeating it."""
         known = self.folder.read_evaluation(step)
         if int(self.topology.sum(np.array([known is not None]))[0]) == self.topology.world_size and known:
             return known
@@ -283,7 +289,9 @@ class Trainer:
     def _save_adapter(self) -> None:
         state = gather_parameters(self.engine)
         if self.topology.is_main:
-            save_adapter(self.folder.adapter, state, self.adapters, adapter_meta(self.config, self.base, self.tasks))
+            save_adapter(
+                self.folder.adapter, state, self.adapters, adapter_meta(self.config, self.base, self.tasks)
+            )
         self.topology.barrier()
 
 
@@ -301,4 +309,3 @@ def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> d
         "seed": config.run.seed,
         "steps": config.training.steps,
     }
-

@@ -26,16 +26,29 @@ from moe_medical.ports import free_port
 TESTS = Path(__file__).parents[1]
 
 
-def on_ranks(world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any, timeout: float = 180) -> list:
+def on_ranks(
+    world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any, timeout: float = 180
+) -> list:
     """Results of all ranks in order; AssertionError with every rank's output if one fails."""
     folder = tmp_path / f"ranks-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
     port = free_port()
-    command = [sys.executable, "-m", "support.rank_child", inspect.getfile(function), function.__name__, str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "support.rank_child",
+        inspect.getfile(function),
+        function.__name__,
+        str(folder),
+    ]
     ranks = [
         subprocess.Popen(
-            command, env=rank_environment(r, world, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=rank_environment(r, world, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for r in range(world)
     ]
@@ -77,7 +90,9 @@ def _wait(ranks: list[subprocess.Popen[str]], timeout: float) -> str | None:
         if codes:
             failure = f"ranks failed: {codes}"
         elif time.monotonic() > deadline:
-            failure = f"ranks not done after {timeout} s: {[r for r, p in enumerate(ranks) if p.poll() is None]}"
+            failure = (
+                f"ranks not done after {timeout} s: {[r for r, p in enumerate(ranks) if p.poll() is None]}"
+            )
         else:
             time.sleep(0.02)
     codes = {r: p.returncode for r, p in enumerate(ranks) if p.poll()}

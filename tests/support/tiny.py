@@ -52,7 +52,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tiny_tasks(folder: Path) -> Path:
-    """Two tasks, `last_word` (80 training rows) and `even` (20), and their mixture; returns the mixture's path."""
+    """Tasks `last_word` (80 training rows) and `even` (20) and their mixture, whose path is returned."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for name, sizes in (("last_word", (80, 12, 12)), ("even", (20, 8, 8))):
