@@ -16,6 +16,7 @@ from moe_medical import __version__
 from moe_medical.config import RunConfig, load_config
 from moe_medical.console import setup_logging
 from moe_medical.errors import ConfigError, MoeMedicalError
+from moe_medical.training.supervisor import may_tell_error
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,12 +24,12 @@ _LOG = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     options = _parser().parse_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
-    setup_logging(is_main)
+    ranked = options.verb is _train  # elsewhere a launcher's variables mean nothing
+    setup_logging(is_main=not ranked or os.environ.get("RANK", "0") == "0")
     try:
         return int(options.verb(options))
     except MoeMedicalError as e:
-        if is_main:
+        if not ranked or may_tell_error():
             sys.stderr.write(f"{e}\n")
         return e.exit_code
     except KeyboardInterrupt:
@@ -38,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moe-medical", description="Train medical LLMs as mixtures of low-rank experts.")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher puts it before the verb
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     _add_run_verb(verbs, "plan", _plan, "print what a run will do: mixture, adapted layers, memory")
     _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
-    train = _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
-    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
     generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
     generate.add_argument("adapter", type=Path, help="adapter folder")
     generate.add_argument(

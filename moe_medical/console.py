@@ -1,12 +1,14 @@
 """What a person sees: log lines, tables and progress.
 
-Only the main rank shows anything. Logs and progress go to stderr; results that a pipe may want (tables, generated text) go to stdout.
+Only the main rank shows anything. Logs and progress go to stderr; what a pipe may want (tables,
+generated text) goes to stdout.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +36,8 @@ def setup_logging(is_main: bool) -> None:
         level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True
     )
     logging.getLogger("moe_medical").setLevel(logging.INFO if is_main else logging.WARNING)
+    # DeepSpeed's calls into torch.distributed are nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def show(text: str) -> None:

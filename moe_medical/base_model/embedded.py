@@ -44,10 +44,9 @@ def verify_checksums(folder: Path) -> None:
     if not record.is_file():
         return
     for name, expected in json.loads(record.read_text()).items():
-        if sha256(folder / name) != expected:
-            raise DataError(
-                f"{folder / name} is damaged: its sha256 is not the one in {CHECKSUMS}. Delete {folder}."
-            )
+        file = folder / name
+        if not file.is_file() or sha256(file) != expected:
+            raise DataError(f"{file} is damaged: its sha256 is not the one in {CHECKSUMS}. Delete {folder}.")
 
 
 def sha256(path: Path) -> str:

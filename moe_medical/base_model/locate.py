@@ -76,14 +76,14 @@ def _download(section: ModelSection) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not JSON"
+        config = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "not a JSON object"
         problem = Problem(
             "model.name", "must be a model folder with a readable config.json", f"{path}: {reason}"
         )
         raise ConfigError("the base model", [problem]) from None
-    return dict(config)
+    return config
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:

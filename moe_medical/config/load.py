@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_medical.config.schema import RunConfig, TaskOverride
@@ -36,7 +36,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for origin, tree in [("", _read_yaml(path)), *(_parse_override(o, problems) for o in overrides)]:
         for key, value in _leaves(tree):
             problems += _set(merged, key, value, origin)
-    problems += _blank_unresolvable(merged)
+    problems += _reset_unresolvable(merged)
     config = typing.cast(RunConfig, OmegaConf.to_object(merged))
     _anchor_paths(config, path.parent)
     reported = {p.path for p in problems}
@@ -68,7 +68,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_override(text: str, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
     key, sign, value = text.partition("=")
-    if not sign or not key.strip():
+    if not sign or not all(key.strip().split(".")):
         problems.append(Problem(text, "must have the form key=value", fix="Example: training.steps=100"))
         return text, {}
     try:
@@ -136,20 +136,30 @@ def _fields(kind: Any) -> Sequence[Any]:
     return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
 
 
-def _blank_unresolvable(config: DictConfig) -> list[Problem]:
-    """Report values that are missing or unresolvable, and empty them so that the rest is checked too."""
+def _reset_unresolvable(config: DictConfig) -> list[Problem]:
+    """Report values that are missing or unresolvable, and put defaults there so that the rest is checked too."""
     problems = []
     for key, value in list(_leaves(OmegaConf.to_container(config, resolve=False))):
-        if value == "???":
-            problems.append(Problem(key, "must be given"))
-            OmegaConf.update(config, key, "")
-        elif isinstance(value, str) and "${" in value:
-            try:
-                OmegaConf.select(config, key)
-            except OmegaConfBaseException as e:
-                problems.append(Problem(key, f"cannot be resolved ({str(e).splitlines()[0]})", value))
-                OmegaConf.update(config, key, "")
+        problem = _unresolvable(config, key, value)
+        if problem:
+            problems.append(problem)
+            section, _, name = key.rpartition(".")
+            holder = OmegaConf.select(config, section) if section else config
+            default = getattr(OmegaConf.get_type(holder)(), name)
+            holder[name] = "" if default == MISSING else default
     return problems
+
+
+def _unresolvable(config: DictConfig, key: str, value: Any) -> Problem | None:
+    if value == MISSING:
+        return Problem(key, "must be given")
+    try:
+        found = OmegaConf.select(config, key)
+        if OmegaConf.is_config(found):
+            OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as e:
+        return Problem(key, f"cannot be resolved ({str(e).splitlines()[0]})", value)
+    return None
 
 
 def _anchor_paths(config: RunConfig, base: Path) -> None:

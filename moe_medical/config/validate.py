@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
     for key in _NOT_NEGATIVE:
         yield from _require(key, _get(config, key), lambda v: v >= 0, "must not be negative")
     for key in _POSITIVE:
-        yield from _require(key, _get(config, key), lambda v: v > 0, "must be > 0")
+        yield from _require(key, _get(config, key), lambda v: 0 < v < math.inf, "must be finite and > 0")
     share = (lambda v: 0 <= v < 1, "must be in [0, 1)")
     yield from _require("training.warmup_ratio", config.training.warmup_ratio, *share)
     yield from _require("data.max_bad_fraction", config.data.max_bad_fraction, *share)
@@ -80,7 +81,8 @@ def _tasks(config: RunConfig) -> Iterator[Problem]:
     caps = {"data.mix.max_repeats": config.data.mix.max_repeats}
     for name, task in config.data.tasks.items():
         key = f"data.tasks.{name}"
-        yield from _require(f"{key}.weight", task.weight, lambda v: v >= 0, "must not be negative")
+        share = (lambda v: 0 <= v < math.inf, "must be finite and not negative")
+        yield from _require(f"{key}.weight", task.weight, *share)
         caps[f"{key}.max_repeats"] = task.max_repeats
     for key, cap in caps.items():
         if cap is not None:
@@ -90,7 +92,10 @@ def _tasks(config: RunConfig) -> Iterator[Problem]:
 def _files(config: RunConfig) -> Iterator[Problem]:
     if not Path(config.data.recipe).is_file():
         yield Problem("data.recipe", "must name a mixture YAML, relative to the run file", config.data.recipe)
-    path = Path(config.parallel.deepspeed)
+    yield from _deepspeed(Path(config.parallel.deepspeed))
+
+
+def _deepspeed(path: Path) -> Iterator[Problem]:
     try:
         settings = json.loads(path.read_text())
     except OSError as e:
@@ -98,12 +103,18 @@ def _files(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.deepspeed", "must name a DeepSpeed JSON, relative to the run file", found)
         return
     except ValueError as e:
-        yield Problem("parallel.deepspeed", "must name valid JSON", f"{path}: {e}")
+        yield Problem("parallel.deepspeed", f"must name valid JSON ({e})", str(path))
         return
-    for key in settings:
-        if key in RUN_FILE_OWNS:
-            owner = RUN_FILE_OWNS[key]
+    if not isinstance(settings, dict):
+        yield Problem("parallel.deepspeed", "must name a JSON object", str(path))
+        return
+    for key, owner in RUN_FILE_OWNS.items():
+        if key in settings:
             yield Problem(f"{path}: {key}", f"is owned by the run file's {owner}", fix="Remove it there.")
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    where = f"{path}: zero_optimization.stage"
+    yield from _require(where, stage, lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:

@@ -118,6 +118,14 @@ class ChatFormat:
         prompt_ids, num_truncated = self._prompt_ids(prompt.strip(), len(target_ids))
         return Encoded(prompt_ids + target_ids, len(prompt_ids), num_truncated)
 
+    def fits(self, target: str) -> bool:
+        """Whether `encode` takes this target."""
+        completion = self._frame.lead + target.strip() + self._frame.tail
+        # No token is less than a character of ASCII, so most targets need no tokenizer.
+        if completion.isascii() and len(completion) < self.max_target_tokens:
+            return True
+        return len(self._target_ids(target.strip())) <= self.max_target_tokens
+
     def encode_prompt(self, prompt: str, reserve: int = 0) -> list[int]:
         """Tokens that generation starts from: the assistant's header is the end.
 

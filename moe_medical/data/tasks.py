@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_medical.config.schema import DataSection, TaskOverride
-from moe_medical.data.formats import ChatFormat, TargetTooLong
+from moe_medical.data.formats import ChatFormat
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.recipe import TaskSpec, load_recipe
 from moe_medical.data.rules import MIX_RULES, row_limits, spread_caps
@@ -64,12 +64,15 @@ def build_plan(tasks: Sequence[TaskData], section: DataSection, seed: int, num_s
 
 def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
     known = {s.name for s in specs}
-    unknown = [name for name in section.tasks if name not in known]
-    if unknown:
-        fix = f"Tasks there: {', '.join(sorted(known))}."
-        problems = [
-            Problem(f"data.tasks.{n}", f"is not a task of {section.recipe}", fix=fix) for n in unknown
-        ]
+    fix = f"Tasks there: {', '.join(sorted(known))}."
+    problems = [
+        Problem(f"data.tasks.{name}", f"is not a task of {section.recipe}", fix=fix)
+        for name in section.tasks
+        if name not in known
+    ]
+    if all(s.name in section.tasks and section.tasks[s.name].weight == 0 for s in specs):
+        problems.append(Problem("data.tasks", "give every task weight 0", fix="Leave one above 0."))
+    if problems:
         raise ConfigError("the run file", problems)
 
 
@@ -80,8 +83,8 @@ def _load_task(spec: TaskSpec, section: DataSection, evaluation_split: str, chat
     caps = (override.max_repeats, spec.max_repeats, section.mix.max_repeats)
     task = TaskData(
         spec=spec,
-        train=[e for e in train.examples if _fits(e, chat)],
-        evaluation=[e for e in evaluation.examples if _fits(e, chat)],
+        train=[e for e in train.examples if chat.fits(e.target)],
+        evaluation=[e for e in evaluation.examples if chat.fits(e.target)],
         bad=[*train.bad, *evaluation.bad],
         fingerprints={**train.fingerprints, **evaluation.fingerprints},
         weight=spec.weight * override.weight,
@@ -89,17 +92,6 @@ def _load_task(spec: TaskSpec, section: DataSection, evaluation_split: str, chat
     )
     _report_dropped(task, len(train.examples), len(evaluation.examples), section.max_length)
     return task
-
-
-def _fits(example: Example, chat: ChatFormat) -> bool:
-    # A token holds at least one byte, so most targets are known to fit without the tokenizer.
-    if len(example.target.encode()) <= chat.max_target_tokens:
-        return True
-    try:
-        chat.encode(example.prompt, example.target)
-    except TargetTooLong:
-        return False
-    return True
 
 
 def _report_dropped(task: TaskData, train_rows: int, evaluation_rows: int, max_length: int) -> None:

@@ -95,11 +95,13 @@ class SpeedMeter:
         self._clock, self._decay = clock, decay
         self._seconds = self._tokens = self._weight = 0.0
         self._last = clock()
+        self.last_step_seconds = 0.0
 
     def step(self, tokens: int) -> None:
         """Ends a step that saw `tokens` tokens."""
         now = self._clock()
-        self._seconds = self._decay * self._seconds + (1 - self._decay) * (now - self._last)
+        self.last_step_seconds = now - self._last
+        self._seconds = self._decay * self._seconds + (1 - self._decay) * self.last_step_seconds
         self._tokens = self._decay * self._tokens + (1 - self._decay) * tokens
         self._weight = self._decay * self._weight + (1 - self._decay)
         self._last = now

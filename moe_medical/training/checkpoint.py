@@ -8,7 +8,8 @@
         state.json                step, samples, mixture state, counters
         MANIFEST.json             written last: sha256 and bytes of each file, layout, versions
 
-Nothing is ever unpickled. Random numbers need no file: the trainer seeds them from (seed, step, rank) at every step.
+Nothing is ever unpickled. Random numbers need no file: the trainer seeds them from (seed, step, rank)
+at every step.
 Not here: retries on a full disk, and reading with one damaged copy per node.
 """
 
@@ -80,7 +81,7 @@ class CheckpointFolder:
         return target
 
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint whose files are what its manifest says; damaged ones are set aside."""
+        """Step of the newest checkpoint that is what its manifest says; damaged ones are set aside."""
         for folder in self._folders():
             problem = _damage(folder)
             if problem is None:

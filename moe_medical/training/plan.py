@@ -106,8 +106,8 @@ def layer_parameters(shape: LinearShape, kind: str, adapters: MoloraConfig) -> i
     low_rank = adapters.rank * (shape.in_features + shape.out_features)
     if kind == "lora":
         return low_rank
-    router = adapters.num_experts * (shape.in_features + 1) if adapters.num_experts > 1 else 0
-    return adapters.num_experts * low_rank + router
+    router = shape.in_features + 1
+    return adapters.num_experts * (low_rank + router)
 
 
 def plan_layers(base: BaseModel, adapters: MoloraConfig) -> list[LayerPlan]:

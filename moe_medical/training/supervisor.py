@@ -1,8 +1,8 @@
 """Starts the ranks of one machine and looks after them.
 
 A thin stand-in for the `deepspeed` launcher on one node: the same environment for the ranks, but every
-signal reaches all ranks at once, the death of one ends the others, and their exit code survives. Several
-nodes are started with `deepspeed --hostfile`.
+signal reaches all ranks at once, the death of one ends the others, their exit code survives, and an error
+is told once. Several nodes are started with `deepspeed --hostfile`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from moe_medical.ports import free_port
 
+_CLAIM = "MOE_MEDICAL_ERROR_CLAIM"
+"""Variable that names a file; the rank that creates it tells the launch's error."""
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
@@ -27,8 +31,28 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         0, or the exit code of the rank that failed first (128 + n if signal n killed it).
     """
-    ranks = [_start(rank, num_ranks, arguments, port) for port in [free_port()] for rank in range(num_ranks)]
+    with tempfile.TemporaryDirectory(prefix="moe-medical-") as folder:
+        env = _environment(num_ranks, Path(folder))
+        return _look_after([_start(rank, arguments, env) for rank in range(num_ranks)])
 
+
+def may_tell_error() -> bool:
+    """Whether this process is the one that tells an error which may have hit several ranks.
+
+    Under `run_ranks` the first rank that asks: it may be the only one with the error, and the others may be
+    ended before they get so far. Under another launcher the first rank of each machine.
+    """
+    claim = os.environ.get(_CLAIM)
+    if claim is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        Path(claim).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _look_after(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     def forward(signum: int, _frame: FrameType | None) -> None:
         # The ranks have sessions of their own: a terminal's Ctrl-C comes here only and is passed on once.
         _signal_all(ranks, signal.SIGTERM if signum == signal.SIGINT else signum)
@@ -42,18 +66,24 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
             signal.signal(signum, handler)
 
 
-def _start(rank: int, num_ranks: int, arguments: Sequence[str], port: int) -> subprocess.Popen[bytes]:
+def _environment(num_ranks: int, folder: Path) -> dict[str, str]:
+    """What all ranks are told."""
     env = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
+        _CLAIM: str(folder / "error"),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    return env
+
+
+def _start(rank: int, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "moe_medical", *arguments], env=env, start_new_session=True
+        [sys.executable, "-m", "moe_medical", *arguments],
+        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        start_new_session=True,
     )
 
 

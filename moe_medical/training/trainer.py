@@ -162,7 +162,7 @@ class Trainer:
                 raise DataError(f"{file} has changed since the checkpoint. Restore it or use a new run.name.")
         if checkpoint.state["mixture"] != self.plan.state():
             raise DataError(
-                "tasks, rows or mix settings differ from the checkpoint's. Restore them or use a new run.name."
+                "tasks, rows or mix settings are not the checkpoint's. Restore them or use a new run.name."
             )
 
     def _fingerprints(self) -> dict[str, str]:
@@ -227,7 +227,7 @@ class Trainer:
             "tokens": self.tokens_seen,
             "learning_rate": rate,
             "grad_norm": norm,
-            "step_seconds": self.speed.step_seconds,
+            "step_seconds": self.speed.last_step_seconds,
             "tokens_per_second": self.speed.tokens_per_second,
         }
         values |= self._mixture_values(done)

@@ -12,7 +12,7 @@ from moe_medical.data.sources import load_split
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "data_recipes"
-DATA = Path(os.environ.get("MOE_MEDICAL_DATA", ROOT.parent / "shared/data"))
+DATA = Path(os.environ.get("MOE_MEDICAL_DATA", "unset"))
 
 TASKS = sorted((RECIPES / "tasks").glob("*.yaml"))
 MIXTURES = sorted(RECIPES.glob("*.yaml"))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from moe_medical.data.terminologies import BUILDERS, TERMINOLOGIES, Terminology, build_task, build_terminology
-from moe_medical.data.terminologies.hpo_tasks import first_sentence
+from moe_medical.data.terminologies.hpo_tasks import is_one_sentence
 from moe_medical.data.terminologies.packages import DataPackage
 from moe_medical.data.terminologies.rows import Row, TaskRecipe, choose, split_of, split_rows
 from moe_medical.errors import DataError
@@ -244,12 +244,14 @@ def test_choose_points_at_the_answer():
 
 
 @pytest.mark.parametrize(
-    ("definition", "first"),
+    ("definition", "brief"),
     [
-        ("One cyst. Another one.", "One cyst."),
-        ("A drug (e.g. Aspirin) is taken. More.", "A drug (e.g. Aspirin) is taken."),
-        ("No stop", "No stop"),
+        ("One cyst. Another one.", False),
+        ("A drug (e.g. Aspirin) is taken.", True),
+        ("A drug (e.g. Aspirin) is taken. More.", False),
+        ("No stop", True),
+        ("", False),
     ],
 )
-def test_first_sentence(definition, first):
-    assert first_sentence(definition) == first
+def test_is_one_sentence(definition, brief):
+    assert is_one_sentence(definition) is brief

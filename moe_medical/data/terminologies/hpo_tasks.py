@@ -1,7 +1,7 @@
 """The tasks on the terms of the HPO: names, lay names, definitions, organ systems, hierarchy.
 
-Decisions: a definition is cut after its first sentence, nothing else is altered; a definition that holds the
-term's own name is not asked for that name. Multiple-choice distractors lie close by in the ontology, never
+Decisions: the ontology's texts are used whole and unaltered, as its licence asks, so the long definitions of
+phenotypes are left out; a definition that holds the term's own name is not asked for that name. Multiple-choice distractors lie close by in the ontology, never
 above or below the answer.
 """
 
@@ -17,13 +17,17 @@ _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]%]{2}\.)\s+(?=[A-Z])")
 _ACRONYM = re.compile(r"^[A-Z][A-Za-z0-9-]{1,6}$")
 
 
-def first_sentence(definition: str) -> str:
-    """The definition up to its first full stop that ends a sentence."""
-    return _SENTENCE_END.split(definition, maxsplit=1)[0]
+def is_one_sentence(definition: str) -> bool:
+    """Whether the definition has no full stop that ends a sentence before its end."""
+    return bool(definition) and not _SENTENCE_END.search(definition)
 
 
 def _hides_name(term: Term) -> bool:
-    return bool(term.definition) and term.name.lower() not in first_sentence(term.definition).lower()
+    return bool(term.definition) and term.name.lower() not in term.definition.lower()
+
+
+def _briefly_defined(hpo: Hpo) -> Iterator[Term]:
+    return (term for term in hpo.phenotypes if is_one_sentence(term.definition))
 
 
 def named_by(type: str) -> Callable[[Hpo], Iterator[Row]]:
@@ -46,22 +50,21 @@ def abbreviation(hpo: Hpo) -> Iterator[Row]:
 
 
 def definition_to_term(hpo: Hpo) -> Iterator[Row]:
-    """The first sentence of a definition -> the phenotype."""
-    for term in filter(_hides_name, hpo.phenotypes):
-        yield Row(first_sentence(term.definition), term.name, (term.id,))
+    """A definition -> the phenotype."""
+    for term in filter(_hides_name, _briefly_defined(hpo)):
+        yield Row(term.definition, term.name, (term.id,))
 
 
 def term_to_definition(hpo: Hpo) -> Iterator[Row]:
-    """A phenotype -> the first sentence of its definition."""
-    for term in hpo.phenotypes:
-        if term.definition:
-            yield Row(term.name, first_sentence(term.definition), (term.id,))
+    """A phenotype -> its definition."""
+    for term in _briefly_defined(hpo):
+        yield Row(term.name, term.definition, (term.id,))
 
 
 def qualifier(hpo: Hpo) -> Iterator[Row]:
     """The definition of a mode of inheritance, an onset or a course -> its name."""
     for term in filter(_hides_name, hpo.qualifiers):
-        yield Row(first_sentence(term.definition), term.name, (term.id,))
+        yield Row(term.definition, term.name, (term.id,))
 
 
 def organ_system(hpo: Hpo) -> Iterator[Row]:
@@ -105,13 +108,13 @@ def _kind_of(hpo: Hpo, first: str, second: str, answer: str) -> Row:
 
 
 def choose_term(hpo: Hpo) -> Iterator[Row]:
-    """The first sentence of a definition -> which of four neighbouring phenotypes it defines."""
-    for term in filter(_hides_name, hpo.phenotypes):
+    """A definition -> which of four neighbouring phenotypes it defines."""
+    for term in filter(_hides_name, _briefly_defined(hpo)):
         near = [each for each in _siblings(hpo, term.id) if not hpo.related(each, term.id)]
         pool = sorted({hpo.terms[each].name for each in near})
         if len(pool) >= 3:
             wrong = seeded("choose_term", term.id).sample(pool, 3)
-            yield choose(first_sentence(term.definition), term.name, wrong, (term.id,))
+            yield choose(term.definition, term.name, wrong, (term.id,))
 
 
 TERM_TASKS: dict[str, TaskRecipe[Hpo]] = {

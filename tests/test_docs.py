@@ -1,0 +1,63 @@
+"""The documents tell the truth: their commands run, their tables come from measured results, their paths exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
+    script = "\n".join(
+        re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
+    )
+    bin_folder = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]]),
+        "MOE_MEDICAL_HOME": str(ROOT),
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "runs/triage/results.json").read_text())
+    assert results["macro_loss_after"] < results["macro_loss_before"]
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer["prompt"].startswith("Which ward")
+    assert answer["answer"]
+
+
+def test_the_readme_shows_the_measured_quickstart() -> None:
+    check = subprocess.run(
+        [sys.executable, "benchmarks/render_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_path_on_a_page_exists(page: Path) -> None:
+    named = re.findall(
+        r"`((?:moe_medical|tests|docs|benchmarks|launch|data_recipes|ds_configs)/[\w./-]*\w)`",
+        page.read_text(),
+    )
+    linked = re.findall(r"\]\(([\w./-]+\.\w+)\)", page.read_text())
+    missing = [p for p in named if not (ROOT / p).exists()]
+    missing += [p for p in linked if not (page.parent / p).exists() and not (ROOT / p).exists()]
+    assert not missing
+
+
+def test_make_knows_the_commands_of_the_readme() -> None:
+    targets = re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"quickstart", "test"} <= set(targets)
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
