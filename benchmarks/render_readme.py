@@ -34,7 +34,8 @@ def block() -> str:
 
 
 def header() -> str:
-    return f"{'task':<30}{'rows':>6}{'weight':>8}{'repeats':>9}{'loss before':>13}{'after':>8}{'score before':>14}{'after':>8}"
+    left = f"{'task':<30}{'rows':>6}{'weight':>8}{'repeats':>9}"
+    return f"{left}{'loss before':>13}{'after':>8}{'score before':>14}{'after':>8}"
 
 
 def row(task: dict[str, Any]) -> str:
@@ -47,16 +48,19 @@ def row(task: dict[str, Any]) -> str:
 
 def footer(results: dict[str, Any]) -> str:
     losses = f"{results['macro_loss_before']:>13.3f}{results['macro_loss_after']:>8.3f}"
-    return f"{'macro average':<53}{losses}{results['macro_score_before']:>14.3f}{results['macro_score_after']:>8.3f}"
+    scores = f"{results['macro_score_before']:>14.3f}{results['macro_score_after']:>8.3f}"
+    return f"{'macro average':<53}{losses}{scores}"
 
 
 def sentence(record: dict[str, Any]) -> str:
     fall = 100 * (1 - record["macro_loss_after"] / record["macro_loss_before"])
     minutes, install = record["seconds_total"] / 60, record["seconds_install"] / 60
     return (
-        f"The macro-average evaluation loss fell by {fall:.0f} %; {record['tasks_improved']} of {record['tasks']} tasks "
-        f"improved. {minutes:.1f} minutes from an empty machine, {install:.1f} of them installing; "
-        f"{record['tokens_per_second']:.0f} tokens/s; {record['peak_memory_bytes'] / 2**30:.1f} GiB at the peak "
+        f"The macro-average evaluation loss fell by {fall:.0f} %; {record['tasks_improved']} of "
+        f"{record['tasks']} tasks improved. {minutes:.1f} minutes from an empty machine, "
+        f"{install:.1f} of them installing; "
+        f"{record['tokens_per_second']:.0f} tokens/s, "
+        f"{record['peak_memory_bytes'] / 2**30:.1f} GiB at the peak "
         f"({record['machine']['cpu']}, {record['machine']['cores']} cores)."
     )
 

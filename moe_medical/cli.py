@@ -14,9 +14,9 @@ from pathlib import Path
 
 from moe_medical import __version__
 from moe_medical.config import RunConfig, load_config
-from moe_medical.console import setup_logging
+from moe_medical.console import complain, setup_logging
 from moe_medical.errors import ConfigError, MoeMedicalError
-from moe_medical.training.supervisor import may_tell_error
+from moe_medical.training.supervisor import die_with_supervisor, may_tell_error
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.verb(options))
     except MoeMedicalError as e:
         if not ranked or may_tell_error():
-            sys.stderr.write(f"{e}\n")
+            complain(str(e))
         return e.exit_code
     except KeyboardInterrupt:
         return 130
@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moe-medical", description="Train medical LLMs as mixtures of low-rank experts.")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher puts it before the verb
+    # The deepspeed launcher puts it before the verb.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     _add_run_verb(verbs, "plan", _plan, "print what a run will do: mixture, adapted layers, memory")
     _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
@@ -106,6 +105,7 @@ def _train(options: argparse.Namespace) -> int:
     from moe_medical.distributed.topology import launched_ranks
     from moe_medical.training.run import train_and_report
 
+    die_with_supervisor()
     options.overrides.append(f"parallel.ranks={launched_ranks()}")
     train_and_report(_config(options))
     return 0

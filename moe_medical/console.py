@@ -25,16 +25,18 @@ from rich.progress import (
 from rich.table import Table
 
 _LOG = logging.getLogger(__name__)
+_STDERR = Console(stderr=True)
 
 
 def setup_logging(is_main: bool) -> None:
     """Log lines of the main rank at INFO, of the others from WARNING on."""
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_level=False, rich_tracebacks=False
-    )
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True
-    )
+    handler: logging.Handler = logging.StreamHandler()
+    line = "%(asctime)s %(message)s"
+    if sys.stderr.isatty():
+        handler = RichHandler(console=_STDERR, show_path=False, show_level=False, omit_repeated_times=False)
+        line = "%(message)s"
+    level = logging.WARNING
+    logging.basicConfig(level=level, format=line, datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("moe_medical").setLevel(logging.INFO if is_main else logging.WARNING)
     # DeepSpeed's calls into torch.distributed are nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -44,6 +46,11 @@ def show(text: str) -> None:
     """Write a result to stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """Write what went wrong to stderr, as it is."""
+    _STDERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_table(
@@ -79,8 +86,7 @@ class ProgressLine:
 @contextmanager
 def progress_line(label: str, total: int, visible: bool) -> Iterator[ProgressLine]:
     """Progress of `total` pieces of work: elapsed time, time left and a note such as the loss."""
-    console = Console(stderr=True)
-    if not (visible and console.is_terminal):
+    if not (visible and _STDERR.is_terminal):
         yield ProgressLine(label, total, None)
         return
     columns = (
@@ -92,5 +98,5 @@ def progress_line(label: str, total: int, visible: bool) -> Iterator[ProgressLin
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=_STDERR) as progress:
         yield ProgressLine(label, total, progress)

@@ -1,4 +1,4 @@
-"""The documents tell the truth: their commands run, their tables come from measured results, their paths exist."""
+"""The documents tell the truth: commands run, tables come from measured results, paths exist."""
 
 from __future__ import annotations
 

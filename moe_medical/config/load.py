@@ -35,7 +35,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     problems: list[Problem] = []
     for origin, tree in [("", _read_yaml(path)), *(_parse_override(o, problems) for o in overrides)]:
         for key, value in _leaves(tree):
-            problems += _set(merged, key, value, origin)
+            problems += [p for p in _set(merged, key, value, origin) if p not in problems]
     problems += _reset_unresolvable(merged)
     config = typing.cast(RunConfig, OmegaConf.to_object(merged))
     _anchor_paths(config, path.parent)
@@ -137,7 +137,7 @@ def _fields(kind: Any) -> Sequence[Any]:
 
 
 def _reset_unresolvable(config: DictConfig) -> list[Problem]:
-    """Report values that are missing or unresolvable, and put defaults there so that the rest is checked too."""
+    """Report what is missing or unresolvable, and put the default there so that the rest is checked too."""
     problems = []
     for key, value in list(_leaves(OmegaConf.to_container(config, resolve=False))):
         problem = _unresolvable(config, key, value)

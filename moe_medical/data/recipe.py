@@ -226,8 +226,8 @@ def _load_task(path: Path, found: Problems) -> TaskSpec | None:
 
 def _check_words(keys: _TaskKeys, path: Path, found: Problems) -> None:
     found.check(bool(keys.name), f"{path}: name", "must be given")
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", keys.name or "x")
-    found.check(bool(plain), f"{path}: name", "may hold only letters, digits, '_', '-', '.'", keys.name)
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", keys.name or "x")
+    found.check(bool(plain), f"{path}: name", "may hold only letters, digits, '_' and '-'", keys.name)
     found.check_known(keys.kind, KINDS, f"{path}: kind")
     found.check_known(keys.metric, KNOWN_METRICS, f"{path}: metric")
     tag = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", keys.language)

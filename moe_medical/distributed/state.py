@@ -32,6 +32,11 @@ class TrainableState:
     step: int = 0
 
 
+def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every trainable tensor, which ZeRO-3 keeps beside its empty stand-in."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.named.items()}
+
+
 def gather_parameters(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole fp32 trainable tensors by name. Collective: every rank must call."""
     return {name: _master(engine, p) for name, p in engine.named.items()}

@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from moe_medical.errors import DataError, StorageError
 FORMAT_VERSION = 1
 _MANIFEST, _STATE, _LATEST = "MANIFEST.json", "state.json", "latest.json"
 _ADAPTERS, _OPTIMIZER = "adapters.safetensors", "optimizer.safetensors"
+_FILES = {_ADAPTERS, _OPTIMIZER, _STATE}
 _LOG = logging.getLogger(__name__)
 
 
@@ -114,19 +115,20 @@ class CheckpointFolder:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def check_same_names(checkpoint: Checkpoint, names: set[str]) -> None:
+def check_same_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the model's trainable ones.
 
     Raises:
-        DataError: naming the first missing and extra tensors.
+        DataError: naming the first missing, extra and differently shaped tensors.
     """
-    saved = set(checkpoint.trainable.parameters)
-    if saved == names:
+    saved = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.parameters.items()}
+    if saved == shapes:
         return
-    missing, extra = sorted(names - saved)[:3], sorted(saved - names)[:3]
+    missing, extra = sorted(shapes.keys() - saved.keys())[:3], sorted(saved.keys() - shapes.keys())[:3]
+    other = sorted(name for name in saved.keys() & shapes.keys() if saved[name] != shapes[name])[:3]
     raise DataError(
-        f"the checkpoint's tensors are not this model's: missing {missing}, extra {extra}. "
-        "Were model or adapters changed in the run file? Use a new run.name."
+        f"the checkpoint's tensors are not this model's: missing {missing}, extra {extra}, "
+        f"other shape {other}. Were model or adapters changed in the run file? Use a new run.name."
     )
 
 
@@ -136,7 +138,7 @@ def _name(step: int) -> str:
 
 def _step(folder: Path) -> int:
     digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -148,7 +150,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _manifest(folder: Path, step: int, layout: dict[str, Any]) -> dict[str, Any]:
-    files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.iterdir())}
+    files = {name: _entry(folder / name) for name in sorted(_FILES)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -165,18 +167,11 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise DataError(
-                f"{folder} has format {manifest['format_version']}; this version reads {FORMAT_VERSION}"
-            )
+        _refuse_newer(folder, int(manifest["format_version"]))
         if manifest["step"] != _step(folder):
             return f"manifest of step {manifest['step']}"
-        if {_ADAPTERS, _OPTIMIZER, _STATE} - set(manifest["files"]):
-            return "manifest lacks a file"
-        for name, expected in manifest["files"].items():
-            if (folder / name).stat().st_size != expected["bytes"] or _sha256(folder / name) != expected[
-                "sha256"
-            ]:
+        for name in sorted(_FILES):  # our names, not the manifest's: those could lead anywhere
+            if _entry(folder / name) != manifest["files"][name]:
                 return f"{name} differs from the manifest"
     except DataError:
         raise
@@ -185,9 +180,18 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def _refuse_newer(folder: Path, version: int) -> None:
+    """A newer program's checkpoint is no damage: setting it aside would lose it to that program."""
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{folder} has format {version}; this version reads {FORMAT_VERSION}. Use a newer moe_medical."
+        )
+
+
+def _entry(path: Path) -> dict[str, object]:
+    """What the manifest says of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def _write_json(path: Path, value: object) -> None:

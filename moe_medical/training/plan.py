@@ -33,7 +33,7 @@ class TaskPlan:
     kind: str
     rows: int
     weight: float
-    """Share of the samples, as the mixing rule gives it before caps."""
+    """Share of the samples."""
     samples: int
     repeats: float
     tokens: int

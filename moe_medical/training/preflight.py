@@ -5,12 +5,16 @@ Derived files (the embedded model and tasks) are made here too, by one process i
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from moe_medical.adapters.placement import match_modules
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
+from moe_medical.errors import ConfigError, Problem
 
 
 def preflight(config: RunConfig) -> None:
@@ -19,9 +23,17 @@ def preflight(config: RunConfig) -> None:
     Raises:
         MoeMedicalError: whatever a rank would have met.
     """
+    _check_writable(Path(config.run.dir))
     base = locate_base(config.model)
     match_modules(linear_shapes(base), resolve_adapters(config.adapters))
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     samples = config.training.steps * config.training.global_batch
     build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        rule = "must be a folder that can be written"
+        raise ConfigError("the run file", [Problem("run.dir", rule, str(folder))])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,16 @@ class RunFolder:
         return self.root / "evaluations" / f"step-{step:08d}.json"
 
     def read_evaluation(self, step: int) -> Evaluation | None:
-        path = self.evaluation(step)
-        return Evaluation.from_json(json.loads(path.read_text())) if path.is_file() else None
+        """The evaluation after `step` steps, or None where there is no readable one."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return Evaluation.from_json(json.loads(self.evaluation(step).read_text()))
+        return None
 
-    def forget_evaluations(self) -> None:
-        """A fresh start must not find the evaluations of an earlier attempt."""
-        shutil.rmtree(self.root / "evaluations", ignore_errors=True)
+    def forget_evaluations(self, after: int) -> None:
+        """Steps later than `after` will be done again, so their evaluations will be too."""
+        for path in self.evaluation(0).parent.glob("step-*.json"):
+            if path.name > self.evaluation(after).name:
+                path.unlink()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         write_json(self.evaluation(evaluation.step), evaluation.to_json())
@@ -56,5 +61,8 @@ def write_json(path: Path, value: object) -> None:
     """Write a JSON file in one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    with draft.open("w") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)

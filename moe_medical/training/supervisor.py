@@ -1,12 +1,13 @@
 """Starts the ranks of one machine and looks after them.
 
 A thin stand-in for the `deepspeed` launcher on one node: the same environment for the ranks, but every
-signal reaches all ranks at once, the death of one ends the others, their exit code survives, and an error
-is told once. Several nodes are started with `deepspeed --hostfile`.
+signal reaches all ranks at once, the death of one ends the others, no rank outlives the supervisor, their
+exit code survives, and an error is told once. Several nodes are started with `deepspeed --hostfile`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,10 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from moe_medical.errors import PeerLostError, PreemptedError
 from moe_medical.ports import free_port
 
 _CLAIM = "MOE_MEDICAL_ERROR_CLAIM"
 """Variable that names a file; the rank that creates it tells the launch's error."""
+_SUPERVISOR = "MOE_MEDICAL_SUPERVISOR"
+"""Variable that holds the supervisor's process id."""
+_PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
@@ -52,6 +57,16 @@ def may_tell_error() -> bool:
     return True
 
 
+def die_with_supervisor() -> None:
+    """In a rank that `run_ranks` started: have the kernel kill it when the supervisor is gone (Linux)."""
+    supervisor = os.environ.get(_SUPERVISOR)
+    if supervisor is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(supervisor):  # it was gone before we asked
+        os._exit(PeerLostError.exit_code)
+
+
 def _look_after(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     def forward(signum: int, _frame: FrameType | None) -> None:
         # The ranks have sessions of their own: a terminal's Ctrl-C comes here only and is passed on once.
@@ -74,6 +89,7 @@ def _environment(num_ranks: int, folder: Path) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         _CLAIM: str(folder / "error"),
+        _SUPERVISOR: str(os.getpid()),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return env
@@ -96,7 +112,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             failed = _first_failure(ranks)
             if failed is not None:
                 deadline = time.monotonic() + _GRACE_SECONDS
-                _signal_all(ranks, signal.SIGTERM)
+                if failed != PreemptedError.exit_code:  # preempted ranks all stop by themselves
+                    _signal_all(ranks, signal.SIGTERM)
         if time.monotonic() > deadline:
             _kill_all(ranks)
         time.sleep(_POLL_SECONDS)

@@ -7,6 +7,7 @@ function of (config, step), so a resume needs the checkpoint and nothing else.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from moe_medical.data.batches import TrainingBatches
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
 from moe_medical.distributed import Topology, build_engine, gather_state, load_state
-from moe_medical.distributed.state import gather_parameters
+from moe_medical.distributed.state import gather_parameters, parameter_shapes
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
-from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_names
+from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
@@ -112,19 +113,33 @@ class Trainer:
         return TrainingBatches(self.plan, self.tasks, self.chat, *sizes)
 
     def _open_outputs(self, first: int) -> None:
-        if not self.topology.is_main:
-            return
-        if first == 0:
-            self.folder.forget_evaluations()
+        if self.topology.is_main:
+            self._write_from(first)
+        self.topology.barrier()  # nobody reads an evaluation that is about to be forgotten
+
+    def _write_from(self, first: int) -> None:
+        last = first or -1  # a fresh start keeps nothing, not even step 0
+        self.folder.forget_evaluations(last)
+        self._announce(first)
         self.folder.root.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.folder.config)
         jsonl = JsonlSink(self.folder.metrics)
-        jsonl.truncate_after(first or -1)
+        jsonl.truncate_after(last)
         self.sinks.append(jsonl)
         wandb = self.config.tracking.wandb
         if wandb.enabled:
             sink = WandbSink(self.folder.root, asdict(self.config), wandb.project, wandb.entity, wandb.mode)
             self.sinks.append(sink)
+
+    def _announce(self, first: int) -> None:
+        trainable = sum(math.prod(shape) for shape in parameter_shapes(self.engine).values())
+        ranks, stage = self.topology.world_size, self.engine.stage
+        _LOG.info(
+            "%s: %d ranks on %s, ZeRO-%d", self.config.run.name, ranks, self.topology.device.type, stage
+        )
+        steps, batch = self.config.training.steps, self.config.training.global_batch
+        _LOG.info("%d tasks, %s trainable parameters", len(self.tasks), f"{trainable:,}")
+        _LOG.info("steps %d to %d of %d samples each; writing to %s", first, steps, batch, self.folder.root)
 
     # Checkpoints
 
@@ -137,14 +152,13 @@ class Trainer:
         if step is None:
             _LOG.info("no checkpoint in %s: starting at step 0", root)
             return 0
-        if mode == "never":
-            rule = f"is never, but {root} has a checkpoint of step {step}"
-            problem = Problem("checkpoint.resume", rule, fix="Use resume=auto or a new run.name.")
-            raise ConfigError("the run folder", [problem])
+        self._check_wanted(step)
         checkpoint = self.checkpoints.load(step)
         self._check_resumable(checkpoint)
         load_state(self.engine, checkpoint.trainable)
         self.tokens_seen = int(checkpoint.state["tokens"])
+        if self.topology.is_main:
+            self.meter.sums = np.array(checkpoint.state["meter"])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
         return step
 
@@ -154,8 +168,19 @@ class Trainer:
         told = self.topology.sum(np.array([0.0 if found is None else found + 1.0]))[0]
         return int(told) - 1 if told else None
 
+    def _check_wanted(self, step: int) -> None:
+        problems = []
+        if self.config.checkpoint.resume == "never":
+            rule = f"is never, but {self.folder.checkpoints} has a checkpoint of step {step}"
+            problems.append(Problem("checkpoint.resume", rule, fix="Use resume=auto or a new run.name."))
+        if step > self.config.training.steps:
+            rule = f"must be at least {step}, the step of the checkpoint in {self.folder.checkpoints}"
+            problems.append(Problem("training.steps", rule, self.config.training.steps))
+        if problems:
+            raise ConfigError("the run folder", problems)
+
     def _check_resumable(self, checkpoint: Checkpoint) -> None:
-        check_same_names(checkpoint, set(self.engine.named))
+        check_same_tensors(checkpoint, parameter_shapes(self.engine))
         for file, digest in self._fingerprints().items():
             saved = checkpoint.state["fingerprints"].get(file)
             if saved is not None and saved != digest:
@@ -164,16 +189,25 @@ class Trainer:
             raise DataError(
                 "tasks, rows or mix settings are not the checkpoint's. Restore them or use a new run.name."
             )
+        if checkpoint.state["samples"] != checkpoint.trainable.step * self.config.training.global_batch:
+            raise DataError(
+                "training.global_batch is not the checkpoint's. Restore it or use a new run.name."
+            )
+        if self.folder.read_evaluation(0) is None:
+            lost = self.folder.evaluation(0)
+            raise DataError(f"{lost} is lost and cannot be made again. Restore it or use a new run.name.")
 
     def _fingerprints(self) -> dict[str, str]:
         return {file: digest for task in self.tasks for file, digest in task.fingerprints.items()}
 
     def _save_checkpoint(self, step: int) -> None:
         trainable = gather_state(self.engine, step)
+        self._move_meter_to_main()
         if self.topology.is_main:
             state = {
                 "samples": step * self.config.training.global_batch,
                 "tokens": self.tokens_seen,
+                "meter": self.meter.sums.tolist(),
                 "seed": self.config.run.seed,
                 "mixture": self.plan.state(),
                 "fingerprints": self._fingerprints(),
@@ -182,6 +216,12 @@ class Trainer:
             self.checkpoints.save(Checkpoint(trainable, state), layout)
         self.topology.barrier()
 
+    def _move_meter_to_main(self) -> None:
+        """What was measured since the last log line goes into the checkpoint as one sum."""
+        self.meter.reduce(self.topology.sum)
+        if not self.topology.is_main:
+            self.meter.reset()
+
     # Training
 
     def _train_from(self, first: int) -> None:
@@ -189,16 +229,15 @@ class Trainer:
         with progress_line("training", training.steps, self.topology.is_main) as progress:
             progress.advance(first)
             for step in range(first, training.steps):
+                if self._due(self.config.evaluation.every_steps, step):
+                    self._evaluation_at(step, f"evaluating at step {step}")
                 self.speed.restart()
                 self._one_step(step, progress)
-                done = step + 1
-                if self._due(self.config.evaluation.every_steps, done):
-                    self._evaluation_at(done, f"evaluating at step {done}")
-                if self._due(self.config.checkpoint.every_steps, done):
-                    self._save_checkpoint(done)
+                if self._due(self.config.checkpoint.every_steps, step + 1):
+                    self._save_checkpoint(step + 1)
 
     def _due(self, every: int, done: int) -> bool:
-        return every > 0 and done % every == 0 and done < self.config.training.steps
+        return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
 
     def _one_step(self, step: int, progress: ProgressLine) -> None:
         seed_step(self.config.run.seed, step, self.topology.rank)
@@ -251,7 +290,7 @@ class Trainer:
         if step > 0:
             self._save_checkpoint(step)
         raise PreemptedError(
-            f"stopped before step {step + 1} of {self.config.training.steps}; run the same command to go on"
+            f"stopped after step {step} of {self.config.training.steps}; run the same command to go on"
         )
 
     # Results
@@ -266,17 +305,14 @@ class Trainer:
             def advance() -> None:
                 progress.advance()
                 if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
-                    self._stop_at_evaluation(step)
+                    self._stop_at(step)
 
             evaluation = self.evaluator.run(self.engine.module, step, advance)
         if self.topology.is_main:
-            self.folder.write_evaluation(evaluation)
             self.sinks.log(self._evaluation_values(evaluation), step)
+            self.folder.write_evaluation(evaluation)
         self.topology.barrier()
         return evaluation
-
-    def _stop_at_evaluation(self, step: int) -> None:
-        raise PreemptedError(f"stopped while evaluating at step {step}; run the same command again to go on")
 
     def _evaluation_values(self, evaluation: Evaluation) -> dict[str, float]:
         values = {"tokens": float(self.tokens_seen), "eval/macro_loss": evaluation.macro_loss}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """A Llama of hidden 32 and 2 layers with a trained BPE tokenizer and a ChatML template."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     corpus = [" ".join(WORDS), "system user assistant", "Repeat the last word. Is it even? yes no"] * 3
     alphabet = pre_tokenizers.ByteLevel.alphabet()

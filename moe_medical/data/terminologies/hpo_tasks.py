@@ -1,8 +1,8 @@
 """The tasks on the terms of the HPO: names, lay names, definitions, organ systems, hierarchy.
 
 Decisions: the ontology's texts are used whole and unaltered, as its licence asks, so the long definitions of
-phenotypes are left out; a definition that holds the term's own name is not asked for that name. Multiple-choice distractors lie close by in the ontology, never
-above or below the answer.
+phenotypes are left out; a definition that holds the term's own name is not asked for that name.
+Multiple-choice distractors lie close by in the ontology, never above or below the answer.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""A run that was killed or told to stop goes on as if nothing had happened; what cannot go on is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from support.launches import (
+    LAUNCH,
+    adapter_bytes,
+    checkpoint_steps,
+    launched,
+    reached,
+    rows,
+    run_to_end,
+    survivors,
+)
+from support.ranks import on_ranks
+from support.tiny import write_tiny_run
+
+if TYPE_CHECKING:
+    from conftest import UndisturbedRun
+
+
+def _command(run: UndisturbedRun, folder: Path, *overrides: str) -> list[str]:
+    return [*LAUNCH, str(run.run_file), f"run.dir={folder}", *overrides]
+
+
+def _assert_same(folder: Path, undisturbed: UndisturbedRun) -> None:
+    assert rows(folder) == rows(undisturbed.folder)
+    assert adapter_bytes(folder) == adapter_bytes(undisturbed.folder)
+    assert _table(folder) == _table(undisturbed.folder)
+
+
+def _table(folder: Path) -> object:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_undisturbed_run_has_what_the_others_are_compared_by(undisturbed: UndisturbedRun) -> None:
+    seen = rows(undisturbed.folder)
+    assert [row["step"] for row in seen if "loss" in row] == list(range(3, 40, 3))
+    assert [row["step"] for row in seen if "eval/macro_loss" in row] == [0, 10, 20, 30, 40]
+    assert seen[-1]["eval/macro_loss"] < seen[0]["eval/macro_loss"]
+
+
+def test_kill_9_then_the_same_command(undisturbed: UndisturbedRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = _command(undisturbed, folder)
+    with launched(command, tmp_path / "output") as run:
+        run.wait_until(lambda: reached(folder) >= 10)  # the evaluation after the second checkpoint
+        ranks = run.ranks()
+        run.process.kill()
+        assert survivors(ranks) == []  # nobody told them: they die with their supervisor
+    assert len(ranks) == 2
+    assert max(checkpoint_steps(folder)) < 40
+    assert not (folder / "adapter").exists()
+    code, output = run_to_end(command, tmp_path / "output-again")
+    assert code == 0, output
+    assert re.search(r"resumed at step (8|12|16|20|24|28|32|36) of 40", output)
+    _assert_same(folder, undisturbed)
+
+
+def test_told_to_stop_twice(undisturbed: UndisturbedRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = _command(undisturbed, folder)
+    for signum, after in ((signal.SIGTERM, 3), (signal.SIGINT, 15)):
+        with launched(command, tmp_path / signum.name) as run:
+            run.wait_until(lambda after=after: reached(folder) >= after)  # type: ignore[misc]
+            _interrupt(run.process.pid, signum)
+            assert run.end() == 75, run.output
+        told = re.search(r"stopped after step (\d+) of 40", run.output)
+        assert told is not None, run.output
+        step = int(told[1])
+        assert after <= step < 40
+        assert max(checkpoint_steps(folder)) == step
+        assert reached(folder) in (step, step - step % 3)
+        assert run.output.count("stopped after step") == 1
+        assert "Traceback" not in run.output
+    code, output = run_to_end(command, tmp_path / "output")
+    assert code == 0, output
+    _assert_same(folder, undisturbed)
+
+
+def _interrupt(pid: int, signum: int) -> None:
+    """SIGTERM as a scheduler sends it, to the launcher alone; SIGINT as a terminal does, to its group."""
+    if signum == signal.SIGINT:
+        os.killpg(pid, signum)
+    else:
+        os.kill(pid, signum)
+
+
+def test_a_finished_run_ends_at_once_and_changed_data_is_refused(
+    undisturbed: UndisturbedRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed.folder, folder)
+    code, output = run_to_end(_command(undisturbed, folder), tmp_path / "output")
+    assert code == 0, output
+    assert "resumed at step 40 of 40" in output
+    assert "evaluating" not in output
+    assert _lines_of_table(output) == _lines_of_table(undisturbed.output) != []
+    _assert_same(folder, undisturbed)
+
+    changed = undisturbed.tasks / "even.train.jsonl"
+    text = changed.read_text()
+    changed.write_text(text.replace('"yes"', '"no"', 1))
+    try:
+        code, output = run_to_end(_command(undisturbed, folder), tmp_path / "output")
+    finally:
+        changed.write_text(text)
+    assert code == 65, output
+    assert output.count(f"{changed} has changed since the checkpoint") == 1
+    assert "Traceback" not in output
+
+
+def _lines_of_table(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.match("[│|]", line)]
+
+
+# What cannot go on, asked of one process that plays one run after the other
+
+
+def _exit_codes(run: str) -> list[list]:
+    """Exit code and message of runs in one folder: each line's override is tried in turn."""
+    from moe_medical.config import load_config
+    from moe_medical.distributed import start_distributed, stop_distributed
+    from moe_medical.errors import MoeMedicalError
+    from moe_medical.training.trainer import Trainer
+
+    topology = start_distributed(load_config(run, []).parallel)
+    seen = []
+    for overrides in ATTEMPTS:
+        try:
+            Trainer(load_config(run, overrides), topology).run()
+            seen.append([0, ""])
+        except MoeMedicalError as e:
+            seen.append([e.exit_code, str(e)])
+        lost = Path(run).parent / "run" / "evaluations" / "step-00000000.json"
+        if overrides == ["checkpoint.resume=must"] and lost.exists():
+            lost.write_text("")
+    stop_distributed()
+    return seen
+
+
+ATTEMPTS = [
+    ["checkpoint.resume=must"],
+    ["checkpoint.resume=never"],
+    ["checkpoint.resume=never"],
+    ["training.steps=2"],
+    ["training.global_batch=4"],
+    ["adapters.rank=2"],
+    ["run.seed=3"],
+    ["checkpoint.resume=must"],
+    [],
+]
+
+
+def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
+    run = write_tiny_run(
+        tmp_path,
+        parallel={"ranks": 1},
+        training={"steps": 4},
+        evaluation={"score_rows": 0},
+        checkpoint={"every_steps": 2},
+    )
+    seen = on_ranks(1, _exit_codes, tmp_path, str(run))[0]
+    assert [code for code, _ in seen] == [66, 0, 64, 64, 65, 65, 65, 0, 65]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for (_, message), wanted in zip(
+        seen,
+        [
+            f"checkpoint.resume=must, but {checkpoints} has no valid checkpoint",
+            "",
+            f"checkpoint.resume is never, but {checkpoints} has a checkpoint of step 4",
+            "training.steps must be at least 4",
+            "training.global_batch is not the checkpoint's",
+            "other shape ['model.layers.0.mlp.down_proj.lora_A",
+            "tasks, rows or mix settings are not the checkpoint's",
+            "",
+            "step-00000000.json is lost",
+        ],
+        strict=True,
+    ):
+        assert wanted in message
