@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return e.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        _LOG.exception("internal error; please report it")
+        return MoeMedicalError.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_medical.errors import StorageError
 from moe_medical.evaluation.evaluate import Evaluation
 
 
@@ -37,6 +38,17 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.root / "results.json"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise StorageError(f"run.dir {self.root} cannot be made ({e.strerror})") from None
 
     def evaluation(self, step: int) -> Path:
         return self.root / "evaluations" / f"step-{step:08d}.json"

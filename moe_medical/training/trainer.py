@@ -30,6 +30,7 @@ from moe_medical.evaluation.evaluate import Evaluation, Evaluator
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
+from moe_medical.training.identity import RunIdentity
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
@@ -65,6 +66,14 @@ class Trainer:
         samples = config.training.steps * config.training.global_batch
         self.plan = build_plan(self.tasks, config.data, config.run.seed, samples)
         self.plan.counts(samples)  # fails now, not after hours, if the repeat caps cannot feed the run
+        self.identity = RunIdentity(
+            base_model=self.base.name,
+            base_revision=self.base.revision,
+            seed=config.run.seed,
+            global_batch=config.training.global_batch,
+            mixture=self.plan.state(),
+            fingerprints={f: digest for t in self.tasks for f, digest in t.fingerprints.items()},
+        )
         self.adapters = resolve_adapters(config.adapters)
         model = load_base(self.base, config.model.dtype).train()
         self.context = attach_adapters(model, self.adapters, config.run.seed)
@@ -121,7 +130,7 @@ class Trainer:
         last = first or -1  # a fresh start keeps nothing, not even step 0
         self.folder.forget_evaluations(last)
         self._announce(first)
-        self.folder.root.mkdir(parents=True, exist_ok=True)
+        self.folder.create()
         save_config(self.config, self.folder.config)
         jsonl = JsonlSink(self.folder.metrics)
         jsonl.truncate_after(last)
@@ -181,24 +190,10 @@ class Trainer:
 
     def _check_resumable(self, checkpoint: Checkpoint) -> None:
         check_same_tensors(checkpoint, parameter_shapes(self.engine))
-        for file, digest in self._fingerprints().items():
-            saved = checkpoint.state["fingerprints"].get(file)
-            if saved is not None and saved != digest:
-                raise DataError(f"{file} has changed since the checkpoint. Restore it or use a new run.name.")
-        if checkpoint.state["mixture"] != self.plan.state():
-            raise DataError(
-                "tasks, rows or mix settings are not the checkpoint's. Restore them or use a new run.name."
-            )
-        if checkpoint.state["samples"] != checkpoint.trainable.step * self.config.training.global_batch:
-            raise DataError(
-                "training.global_batch is not the checkpoint's. Restore it or use a new run.name."
-            )
+        self.identity.check_resumes(checkpoint.state["identity"])
         if self.folder.read_evaluation(0) is None:
             lost = self.folder.evaluation(0)
             raise DataError(f"{lost} is lost and cannot be made again. Restore it or use a new run.name.")
-
-    def _fingerprints(self) -> dict[str, str]:
-        return {file: digest for task in self.tasks for file, digest in task.fingerprints.items()}
 
     def _save_checkpoint(self, step: int) -> None:
         trainable = gather_state(self.engine, step)
@@ -208,9 +203,7 @@ class Trainer:
                 "samples": step * self.config.training.global_batch,
                 "tokens": self.tokens_seen,
                 "meter": self.meter.sums.tolist(),
-                "seed": self.config.run.seed,
-                "mixture": self.plan.state(),
-                "fingerprints": self._fingerprints(),
+                "identity": self.identity.to_json(),
             }
             layout = {"world_size": self.topology.world_size, "zero_stage": self.engine.stage, "ep_size": 1}
             self.checkpoints.save(Checkpoint(trainable, state), layout)

@@ -155,6 +155,7 @@ ATTEMPTS = [
     ["training.global_batch=4"],
     ["adapters.rank=2"],
     ["run.seed=3"],
+    ["data.mix.block=8"],
     ["checkpoint.resume=must"],
     [],
 ]
@@ -169,7 +170,7 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
         checkpoint={"every_steps": 2},
     )
     seen = on_ranks(1, _exit_codes, tmp_path, str(run))[0]
-    assert [code for code, _ in seen] == [66, 0, 64, 64, 65, 65, 65, 0, 65]
+    assert [code for code, _ in seen] == [66, 0, 64, 64, 65, 65, 65, 65, 0, 65]
     checkpoints = tmp_path / "run" / "checkpoints"
     for (_, message), wanted in zip(
         seen,
@@ -178,9 +179,10 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
             "",
             f"checkpoint.resume is never, but {checkpoints} has a checkpoint of step 4",
             "training.steps must be at least 4",
-            "training.global_batch is not the checkpoint's",
+            "training.global_batch was 8 in the checkpoint",
             "other shape ['model.layers.0.mlp.down_proj.lora_A",
-            "tasks, rows or mix settings are not the checkpoint's",
+            "run.seed was 17 in the checkpoint, is 3",
+            "the mixture (tasks, rows, weights or caps) is not the checkpoint's",
             "",
             "step-00000000.json is lost",
         ],
