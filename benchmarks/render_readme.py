@@ -34,22 +34,20 @@ def block() -> str:
 
 
 def header() -> str:
-    left = f"{'task':<30}{'rows':>6}{'weight':>8}{'repeats':>9}"
-    return f"{left}{'loss before':>13}{'after':>8}{'score before':>14}{'after':>8}"
+    return f"{'task':<30}{'rows':>7}{'weight':>8}{'repeats':>9}{'loss':>16}{'score':>16}"
 
 
 def row(task: dict[str, Any]) -> str:
-    scores = f"{task['score_before']:>14.3f}{task['score_after']:>8.3f}"
-    losses = f"{task['loss_before']:>13.3f}{task['loss_after']:>8.3f}"
-    return (
-        f"{task['task']:<30}{task['rows']:>6,}{task['weight']:>8.4f}{task['repeats']:>9.3f}{losses}{scores}"
-    )
+    left = f"{task['task']:<30}{task['rows']:>7,}{task['weight']:>8.4f}{task['repeats']:>9.3f}"
+    return f"{left}{change(task, 'loss'):>16}{change(task, 'score'):>16}"
 
 
 def footer(results: dict[str, Any]) -> str:
-    losses = f"{results['macro_loss_before']:>13.3f}{results['macro_loss_after']:>8.3f}"
-    scores = f"{results['macro_score_before']:>14.3f}{results['macro_score_after']:>8.3f}"
-    return f"{'macro average':<53}{losses}{scores}"
+    return f"{'macro average':<54}{change(results, 'macro_loss'):>16}{change(results, 'macro_score'):>16}"
+
+
+def change(values: dict[str, Any], what: str) -> str:
+    return f"{values[f'{what}_before']:.3f} → {values[f'{what}_after']:.3f}"
 
 
 def sentence(record: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -53,18 +54,17 @@ def complain(text: str) -> None:
     _STDERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def show_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()
-) -> None:
-    """A table on stdout; the first column is left-aligned, the others right."""
-    table = Table(title=title, show_footer=bool(footer), title_justify="left", pad_edge=False)
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] = ()) -> None:
+    """A table on stdout, as narrow as its cells; the first column is left-aligned, the others right."""
+    table = Table(box=SIMPLE_HEAD, show_footer=bool(footer), show_edge=False, pad_edge=False, padding=(0, 0))
     for i, column in enumerate(columns):
         end = footer[i] if footer else ""
         table.add_column(column, footer=end, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(table)
+    console.print()
 
 
 class ProgressLine:

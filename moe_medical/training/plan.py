@@ -98,7 +98,7 @@ def show_plan(plan: RunPlan, config: RunConfig) -> None:
     columns = ("memory per rank", "base", "adapters", "gradients", "optimizer", "total")
     sizes = (memory.base, memory.adapters, memory.gradients, memory.optimizer, memory.total)
     label = f"ZeRO-{stage}, {config.parallel.ranks} ranks, without activations"
-    show_table("", columns, [(label, *(f"{n / 2**20:,.0f} MiB" for n in sizes))])
+    show_table(columns, [(label, *(f"{n / 2**20:,.0f} MiB" for n in sizes))])
 
 
 def layer_parameters(shape: LinearShape, kind: str, adapters: MoloraConfig) -> int:
@@ -162,22 +162,13 @@ def mean_tokens(task: TaskData, chat: ChatFormat) -> float:
 
 
 def _show_tasks(tasks: Sequence[TaskPlan]) -> None:
-    columns = ("task", "kind", "rows", "weight", "samples", "repeats", "tokens")
     rows = [
-        (
-            t.name,
-            t.kind,
-            f"{t.rows:,}",
-            f"{t.weight:.4f}",
-            f"{t.samples:,}",
-            f"{t.repeats:.2f}",
-            f"{t.tokens:,}",
-        )
+        (t.name, f"{t.rows:,}", f"{t.weight:.4f}", f"{t.samples:,}", f"{t.repeats:.3f}", f"{t.tokens:,}")
         for t in sorted(tasks, key=lambda t: -t.rows)
     ]
     totals = (sum(t.rows for t in tasks), sum(t.samples for t in tasks), sum(t.tokens for t in tasks))
-    footer = (f"{len(tasks)} tasks", "", f"{totals[0]:,}", "", f"{totals[1]:,}", "", f"{totals[2]:,}")
-    show_table("Mixture", columns, rows, footer)
+    footer = (f"{len(tasks)} tasks", f"{totals[0]:,}", "", f"{totals[1]:,}", "", f"{totals[2]:,}")
+    show_table(("task", "rows", "weight", "samples", "repeats", "tokens"), rows, footer)
     unseen = [t.name for t in tasks if t.samples == 0]
     if unseen:
         show(f"warning: no sample of {', '.join(unseen)} in this run; make it longer or weigh them up\n")
@@ -197,4 +188,4 @@ def _show_layers(layers: Sequence[LayerPlan]) -> None:
         )
         for (name, kind, shape), of in groups.items()
     ]
-    show_table("Adapted layers", ("module", "adapter", "shape", "layers", "parameters"), rows)
+    show_table(("adapted module", "adapter", "shape", "layers", "parameters"), rows)

@@ -63,19 +63,11 @@ def write_summary(summary: RunSummary, result: RunResult) -> None:
 
 def show_summary(summary: RunSummary, result: RunResult) -> None:
     """Print the per-task table and where everything lies."""
-    columns = ("task", "rows", "weight", "repeats", "loss before", "after", "metric", "score before", "after")
     rows = [_row(t) for t in sorted(summary.tasks, key=lambda t: -t.rows)]
-    footer = (
-        "macro average",
-        "",
-        "",
-        "",
-        f"{summary.macro_loss_before:.3f}",
-        f"{summary.macro_loss_after:.3f}",
-        "",
-    )
-    scores = (_score(summary.macro_score_before), _score(summary.macro_score_after))
-    show_table("", columns, rows, (*footer, *scores))
+    losses = _change(summary.macro_loss_before, summary.macro_loss_after)
+    scores = _change(summary.macro_score_before, summary.macro_score_after)
+    footer = ("macro average", "", "", "", losses, scores)
+    show_table(("task", "rows", "weight", "repeats", "loss", "score"), rows, footer)
     fall = 100 * (1 - summary.macro_loss_after / summary.macro_loss_before)
     improved = f"{summary.tasks_improved} of {len(summary.tasks)} tasks improved"
     show(f"macro-average evaluation loss fell by {fall:.1f} %; {improved}\n")
@@ -92,18 +84,12 @@ def show_summary(summary: RunSummary, result: RunResult) -> None:
 
 
 def _row(task: TaskSummary) -> tuple[str, ...]:
-    return (
-        task.task,
-        f"{task.rows:,}",
-        f"{task.weight:.4f}",
-        f"{task.repeats:.2f}",
-        f"{task.loss_before:.3f}",
-        f"{task.loss_after:.3f}",
-        task.metric,
-        _score(task.score_before),
-        _score(task.score_after),
-    )
+    shares = (f"{task.rows:,}", f"{task.weight:.4f}", f"{task.repeats:.3f}")
+    losses = _change(task.loss_before, task.loss_after)
+    return (task.task, *shares, losses, _change(task.score_before, task.score_after))
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _change(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "-"
+    return f"{before:.3f} → {after:.3f}"

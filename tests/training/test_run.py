@@ -46,8 +46,8 @@ def test_the_table_shows_every_task_and_every_path(finished: tuple[Path, str]) -
     assert sum(t["weight"] for t in results["tasks"]) == pytest.approx(1)
     for task in results["tasks"]:
         line = next(x for x in stdout.splitlines() if task["task"] in x)
-        assert f"{task['loss_before']:.3f}" in line
-        assert f"{task['loss_after']:.3f}" in line
+        assert f"{task['loss_before']:.3f} → {task['loss_after']:.3f}" in line
+        assert f"{task['score_before']:.3f} → {task['score_after']:.3f}" in line
     assert results["macro_loss_after"] < results["macro_loss_before"]
     for written in ("adapter", "results.json", "metrics.jsonl", "checkpoints", "wandb"):
         assert str(folder / "run" / written) in stdout
