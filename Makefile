@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-export OMP_NUM_THREADS ?= 1
-
 .PHONY: install quickstart test check format benchmark clean
 
 install: $(VENV)/.installed
@@ -21,6 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/moe-medical launch launch/runs/quickstart.yaml
 
+test: export OMP_NUM_THREADS = 1
 test: check
 	$(BIN)/python -m pytest
 

@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from moe_medical.errors import MoeMedicalError, StorageError
 
 CACHE_VARIABLE = "MOE_MEDICAL_CACHE"
@@ -49,7 +51,7 @@ def publish_folder(build: Callable[[Path], None], target: Path) -> Path:
         _publish(draft, target)
     except MoeMedicalError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
         raise StorageError(
             f"{target} could not be built: {error}. Free some space, or point {CACHE_VARIABLE} elsewhere."
         ) from error

@@ -72,15 +72,17 @@ class ProgressLine:
 
     def __init__(self, label: str, total: int, progress: Progress | None) -> None:
         self._label, self._total, self._done = label, max(total, 1), 0
+        self._note = ""
         self._progress = progress
         self._task = progress.add_task(label, total=total, note="") if progress else None
 
     def advance(self, by: int = 1, note: str = "") -> None:
         before, self._done = self._done, self._done + by
+        self._note = note or self._note
         if self._progress and self._task is not None:
-            self._progress.update(self._task, advance=by, note=note)
+            self._progress.update(self._task, advance=by, note=self._note)
         elif before * 10 // self._total != self._done * 10 // self._total:
-            _LOG.info("%s %d/%d %s", self._label, self._done, self._total, note)
+            _LOG.info("%s %d/%d %s", self._label, self._done, self._total, self._note)
 
 
 @contextmanager
@@ -98,5 +100,5 @@ def progress_line(label: str, total: int, visible: bool) -> Iterator[ProgressLin
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_STDERR) as progress:
+    with Progress(*columns, console=_STDERR, speed_estimate_period=3600) as progress:
         yield ProgressLine(label, total, progress)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from moe_medical.cache import default_cache, publish_folder
 from moe_medical.errors import StorageError
@@ -58,3 +60,12 @@ def test_a_refusing_disk_is_a_storage_error_that_names_the_folder(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match=r"file/folder .*MOE_MEDICAL_CACHE"):
         publish_folder(_write("x"), tmp_path / "file" / "folder")
+
+
+def test_weights_that_cannot_be_written_are_a_storage_error(tmp_path):
+    def write(folder: Path) -> None:
+        save_file({"a": np.zeros(2)}, folder / "no such folder" / "model.safetensors")
+
+    with pytest.raises(StorageError, match="No such file or directory"):
+        publish_folder(write, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []

@@ -51,13 +51,13 @@ def test_every_path_on_a_page_exists(page: Path) -> None:
         page.read_text(),
     )
     linked = re.findall(r"\]\(([\w./-]+\.\w+)\)", page.read_text())
-    missing = [p for p in named if not (ROOT / p).exists()]
+    missing = [p for p in named if "NAME" not in p and not (ROOT / p).exists()]
     missing += [p for p in linked if not (page.parent / p).exists() and not (ROOT / p).exists()]
     assert not missing
 
 
 def test_make_knows_the_commands_of_the_readme() -> None:
-    targets = re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text())
+    targets = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert {"quickstart", "test"} <= set(targets)
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from moe_medical.base_model.embedded import verify_checksums
@@ -16,7 +16,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_base(base: BaseModel, dtype: str) -> nn.Module:
-    """The causal LM in the given dtype, without cache and without dropout of its own.
+    """The causal LM in the given dtype, without dropout of its own.
 
     Raises:
         DataError: damaged or missing weights, or a model type that this transformers does not know.
@@ -26,6 +26,7 @@ def load_base(base: BaseModel, dtype: str) -> nn.Module:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
+            config=_without_dropout(AutoConfig.from_pretrained(base.folder, trust_remote_code=False)),
             dtype=_DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
@@ -39,3 +40,11 @@ def load_base(base: BaseModel, dtype: str) -> nn.Module:
         raise DataError(f"{base.folder} lacks weights of a {base.model_type} model: {missing}")
     model.requires_grad_(False)
     return model
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """A frozen base does not overfit: only the adapters' own dropout acts."""
+    for key, value in config.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config

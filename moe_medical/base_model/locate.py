@@ -1,7 +1,8 @@
 """A model name -> a local folder that is safe to load.
 
-A name is the embedded model, a local folder or a hub id. Refused: pickled weights, and configs that
-want to run code of their own.
+A name is the embedded model, a local folder or a hub id. Refused: pickled weights, and models that only
+code of their own can run. A config that names such code (`auto_map`) passes if transformers has a class of
+its own for the model type: the code is then never run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from moe_medical.base_model.embedded import EMBEDDED_NAME, embedded_folder
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, Problem, SecurityRefusal
 
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]
+"""Second copies of the weights in another layout."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def locate_base(section: ModelSection) -> BaseModel:
 
     Raises:
         ConfigError: no such model, or a folder without config or safetensors.
-        SecurityRefusal: only pickled weights, or a config that asks for code from the folder.
+        SecurityRefusal: only pickled weights, or a model that needs code from the folder.
     """
     folder = _folder_of(section)
     config = _read_config(folder)
@@ -63,9 +66,9 @@ def _download(section: ModelSection) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = list(_HUB_FILES)
+    chosen = {"allow_patterns": _HUB_FILES, "ignore_patterns": _NOT_HUB_FILES}
     try:
-        return Path(snapshot_download(section.name, revision=section.revision, allow_patterns=patterns))
+        return Path(snapshot_download(section.name, revision=section.revision, **chosen))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         fix = "Check name and revision; without a network give a local folder."
@@ -87,10 +90,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
-    if "auto_map" in config:
+    if "auto_map" not in config:
+        return
+    # This module imports no torch, unlike the one that re-exports the name.
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    if (model_type := str(config.get("model_type"))) not in CONFIG_MAPPING_NAMES:
         raise SecurityRefusal(
-            f"model.name: {folder}/config.json has an auto_map: it wants code of the model folder to run. "
-            "Remote code is never run; use a model that transformers itself knows."
+            f"model.name: {folder}/config.json has an auto_map and a model_type ({model_type!r}) that "
+            "transformers does not know: it wants code of the model folder to run. Remote code is never "
+            "run; use a model that transformers itself knows."
         )
 
 

@@ -1,7 +1,8 @@
 """Shapes of a model's linear layers, read from the safetensors headers: nothing is loaded, no torch.
 
 A linear layer is a 2-D `<module>.weight`; embeddings look the same and are told apart by the
-adapters' name patterns only.
+adapters' name patterns only. Which files count is settled as transformers does it, since some repositories
+carry a second copy of the weights (`consolidated.safetensors`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moe_medical.errors import DataError
 
 _INPUT_FIRST = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Model types whose linears are transformers' Conv1D, stored (in, out)."""
+_SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -42,9 +44,26 @@ def num_parameters(base: BaseModel) -> int:
     return sum(math.prod(shape) for shape in _tensor_shapes(base.folder).values())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files: `model.safetensors`, else those of the index, else all.
+
+    Raises:
+        DataError: The index cannot be read.
+    """
+    index, single = folder / f"{_SINGLE}.index.json", folder / _SINGLE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise DataError(f"{index} is not a readable safetensors index") from None
+
+
 def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         shapes |= {k: v["shape"] for k, v in _read_header(path).items() if k != "__metadata__"}
     return shapes
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
+from moe_medical.config.deepspeed_keys import RUN_FILE_OWNS, TOP_LEVEL_KEYS, ZERO_KEYS
 from moe_medical.config.presets import PRESETS, resolve_adapters
 from moe_medical.config.schema import RunConfig
 from moe_medical.errors import Problem
-
-RUN_FILE_OWNS = {
-    "train_batch_size": "training.global_batch",
-    "train_micro_batch_size_per_gpu": "training.micro_batch",
-    "gradient_accumulation_steps": "training.global_batch",
-    "gradient_clipping": "training.clip_norm",
-    "optimizer": "training.learning_rate",
-    "scheduler": "training.schedule",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-}
-"""DeepSpeed keys that the run file decides, and where."""
 
 _AT_LEAST_ONE = (
     "training.steps",
@@ -111,10 +101,22 @@ def _deepspeed(path: Path) -> Iterator[Problem]:
     for key, owner in RUN_FILE_OWNS.items():
         if key in settings:
             yield Problem(f"{path}: {key}", f"is owned by the run file's {owner}", fix="Remove it there.")
-    zero = settings.get("zero_optimization", {})
+    rule = "is not a DeepSpeed key for use beside a run file"
+    yield from _unknown(f"{path}: ", settings.keys() - RUN_FILE_OWNS.keys(), TOP_LEVEL_KEYS, rule)
+    yield from _zero(f"{path}: zero_optimization", settings.get("zero_optimization", {}))
+
+
+def _zero(where: str, zero: object) -> Iterator[Problem]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    where = f"{path}: zero_optimization.stage"
-    yield from _require(where, stage, lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
+    yield from _require(f"{where}.stage", stage, lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
+    if isinstance(zero, dict):
+        yield from _unknown(f"{where}.", zero, ZERO_KEYS, "is not a key of zero_optimization")
+
+
+def _unknown(prefix: str, keys: Iterable[str], known: Set[str], rule: str) -> Iterator[Problem]:
+    for key in sorted(set(keys) - known):
+        close = difflib.get_close_matches(key, sorted(known), n=1)
+        yield Problem(f"{prefix}{key}", rule, fix=f"Did you mean {close[0]!r}?" if close else "")
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:

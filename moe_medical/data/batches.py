@@ -34,6 +34,8 @@ class Batch:
     task_ids_BS: torch.Tensor
     num_target_columns: int
     """Columns at the right end that hold all targets."""
+    num_truncated: int
+    """Rows whose prompt was cut to fit."""
 
     def to(self, device: torch.device) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -69,7 +71,8 @@ def collate(rows: Sequence[Encoded], task_ids: Sequence[int], pad_id: int) -> Ba
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     tasks = torch.tensor(task_ids).unsqueeze(1).expand(-1, length).contiguous()
     widest = max(len(r.input_ids) - r.num_prompt_tokens for r in rows)
-    return Batch(ids, mask, positions, labels, tasks, widest)
+    truncated = sum(r.num_truncated > 0 for r in rows)
+    return Batch(ids, mask, positions, labels, tasks, widest, truncated)
 
 
 class TrainingBatches:
@@ -89,8 +92,6 @@ class TrainingBatches:
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._share = global_batch // world_size
         self._offset = rank * self._share
-        self.num_truncated = 0
-        """Rows of this rank whose prompt was cut so far."""
 
     def step(self, step: int) -> list[Batch]:
         """Micro-batches of this rank for one optimizer step (counted from 0)."""
@@ -103,9 +104,7 @@ class TrainingBatches:
 
     def _encode(self, task: int, row: int) -> Encoded:
         example = self._tasks[task].train[row]
-        encoded = self._chat.encode(example.prompt, example.target)
-        self.num_truncated += encoded.num_truncated > 0
-        return encoded
+        return self._chat.encode(example.prompt, example.target)
 
     def _collate(self, rows: Sequence[tuple[Encoded, int]]) -> Batch:
         return collate([r for r, _ in rows], [t for _, t in rows], self._chat.pad_id)

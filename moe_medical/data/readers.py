@@ -17,6 +17,9 @@ from moe_medical.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 1024
+_MAX_CELL = 2**24
+"""Characters of one CSV cell. Python's own limit is 128 Ki, less than a long report; without any, one
+forgotten quote would make a cell of the rest of the file."""
 
 
 class Raw(NamedTuple):
@@ -99,6 +102,7 @@ def _read_json(file: Path) -> Iterator[Raw]:
 
 def _read_table(delimiter: str) -> Callable[[Path], Iterator[Raw]]:
     def read(file: Path) -> Iterator[Raw]:
+        csv.field_size_limit(max(_MAX_CELL, csv.field_size_limit()))
         # surrogateescape keeps the line of a byte that is not UTF-8, to be found again below
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             rows = csv.reader(stream, delimiter=delimiter, strict=True)

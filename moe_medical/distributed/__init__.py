@@ -2,7 +2,12 @@
 
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.state import TrainableState, gather_state, load_state
-from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
+from moe_medical.distributed.topology import (
+    Topology,
+    naming_lost_peers,
+    start_distributed,
+    stop_distributed,
+)
 
 __all__ = [
     "Engine",
@@ -11,6 +16,7 @@ __all__ = [
     "build_engine",
     "gather_state",
     "load_state",
+    "naming_lost_peers",
     "start_distributed",
     "stop_distributed",
 ]

@@ -8,7 +8,8 @@ OMP_NUM_THREADS says otherwise.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moe_medical.config.schema import ParallelSection
-from moe_medical.errors import ConfigError, Problem
+from moe_medical.errors import ConfigError, PeerLostError, Problem
 from moe_medical.ports import free_port
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -94,7 +95,7 @@ def _environment(env: Mapping[str, str]) -> tuple[dict[str, str], str]:
 
 def _device(section: ParallelSection, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
-    if section.device == "cpu" or (section.device == "auto" and count == 0):
+    if section.device == "cpu" or (section.device == "auto" and count < _ranks_here()):
         return torch.device("cpu")
     if local_rank >= count:
         rule = f"asks for GPU {local_rank} of this machine, which has {count}"
@@ -102,6 +103,28 @@ def _device(section: ParallelSection, local_rank: int) -> torch.device:
         raise ConfigError("parallel", [problem])
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _ranks_here() -> int:
+    """Ranks on this machine, as torchrun or the deepspeed launcher tells it."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
+@contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn the transport's complaint about a peer that has gone into an error that says so.
+
+    Raises:
+        PeerLostError: in place of what gloo or NCCL raised.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        # gloo has no exception type of its own; its messages name its source file.
+        if isinstance(e, dist.DistError) or "gloo/transport" in str(e):
+            raise PeerLostError("another rank of this run has ended or cannot be reached") from None
+        raise
 
 
 def _quiet_deepspeed() -> None:

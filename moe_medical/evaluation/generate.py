@@ -38,6 +38,8 @@ def generate_ids(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        repetition_penalty=1.0,  # a model folder may ask for one; scores must not depend on that
+        no_repeat_ngram_size=0,
         use_cache=True,
         pad_token_id=chat.pad_id,
         eos_token_id=chat.end_id,

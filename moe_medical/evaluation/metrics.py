@@ -70,7 +70,7 @@ def normalise(text: str) -> str:
     Spaces beside Chinese characters go, as Chinese text is written with or without them. Text of nothing but
     punctuation is kept as it is, so that an empty prediction does not equal it.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold().strip().translate(_APOSTROPHES)
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES).strip()
     kept = "".join(char if _carries_meaning(folded, at) else " " for at, char in enumerate(folded))
     return _SPACE_BESIDE_CJK.sub("", " ".join(kept.split())) or folded
 

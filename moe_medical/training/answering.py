@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ _MAX_LENGTH = 2048
 def answer_prompts(
     adapter: Path, prompts: Path | None, base: str | None, max_new_tokens: int, batch_rows: int
 ) -> None:
-    """Answer each line of a file or of standard input; one JSON object per line on standard output.
+    """Answer each prompt of a file or of standard input; one JSON object per line on standard output.
+
+    A prompt is a line, or the `prompt` of a line that is a JSON object: those may hold line breaks.
 
     Raises:
         DataError: no readable prompts.
@@ -42,7 +45,8 @@ def answer_prompts(
 def load_answering_model(adapter: Path, base: str | None = None) -> tuple[nn.Module, ChatFormat]:
     """The base model with the adapter on it, ready to generate, and the format it was trained with."""
     config, meta, state = load_adapter(adapter)
-    located = locate_base(ModelSection(base or meta["base_model"], meta["base_revision"]))
+    section = ModelSection(base) if base else ModelSection(meta["base_model"], meta["base_revision"])
+    located = locate_base(section)
     chat = ChatFormat.from_folder(
         located.folder, meta.get("system_prompt"), meta.get("max_length", _MAX_LENGTH)
     )
@@ -60,7 +64,16 @@ def _read_prompts(path: Path | None) -> list[str]:
         raise DataError(
             f"--prompts {path} cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}"
         ) from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    prompts = [_prompt(line.strip()) for line in text.split("\n") if line.strip()]
+    if not prompts:
         raise DataError(f"{path or 'standard input'} holds no prompt; one per line is expected")
-    return lines
+    return prompts
+
+
+def _prompt(line: str) -> str:
+    if line.startswith("{"):
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value.get("prompt"), str):
+                return str(value["prompt"])
+    return line

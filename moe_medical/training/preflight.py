@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from moe_medical.adapters.placement import match_modules
-from moe_medical.base_model import locate_base
+from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.data.formats import ChatFormat
@@ -25,11 +25,27 @@ def preflight(config: RunConfig) -> None:
     """
     _check_writable(Path(config.run.dir))
     base = locate_base(config.model)
+    check_context(config, base)
     match_modules(linear_shapes(base), resolve_adapters(config.adapters))
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     samples = config.training.steps * config.training.global_batch
     build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
+
+
+def check_context(config: RunConfig, base: BaseModel) -> None:
+    """The longest sample, and the longest prompt with its answer, must fit the model's positions.
+
+    Raises:
+        ConfigError: they do not; some models would only fail at the first long row.
+    """
+    limits = [base.config.get(key) for key in ("max_position_embeddings", "n_positions")]
+    limit = next((n for n in limits if isinstance(n, int)), None)
+    answer = config.evaluation.max_new_tokens if config.evaluation.score_rows else 0
+    if limit is not None and config.data.max_length + answer > limit:
+        rule = f"plus evaluation.max_new_tokens ({answer}) must be at most the model's {limit} positions"
+        problem = Problem("data.max_length", rule, config.data.max_length, f"Try {limit - answer}.")
+        raise ConfigError("the run file", [problem])
 
 
 def _check_writable(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_medical.config import RunConfig
-from moe_medical.distributed import start_distributed, stop_distributed
+from moe_medical.distributed import naming_lost_peers, start_distributed, stop_distributed
 from moe_medical.training.summary import show_summary, summarize, write_summary
 from moe_medical.training.trainer import RunResult, Trainer
 
@@ -12,7 +12,8 @@ def train_and_report(config: RunConfig) -> RunResult:
     """Train; on the main rank write and show the result."""
     topology = start_distributed(config.parallel)
     try:
-        result = Trainer(config, topology).run()
+        with naming_lost_peers():
+            result = Trainer(config, topology).run()
         if topology.is_main:
             summary = summarize(result)
             write_summary(summary, result)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_medical.config import RunConfig, save_config
+from moe_medical.data.sources import BadRecord
 from moe_medical.errors import StorageError
 from moe_medical.evaluation.evaluate import Evaluation
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,27 @@ class RunFolder:
     def results(self) -> Path:
         return self.root / "results.json"
 
-    def create(self) -> None:
-        """Make the folder.
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and put the resolved config into it.
 
         Raises:
-            StorageError: the file system refused.
+            StorageError: the file system refused; so do all writers here.
         """
-        try:
+        with _writing(self.config):
             self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise StorageError(f"run.dir {self.root} cannot be made ({e.strerror})") from None
+            save_config(config, self.config)
+
+    def write_set_aside(self, records: Iterable[BadRecord]) -> None:
+        """List the records that could not be used: place, reason and hash, never their text."""
+        lines = [f"{record}\n" for record in records]
+        if lines:
+            _LOG.warning("%d records could not be used: %s", len(lines), self.set_aside)
+            with _writing(self.set_aside):
+                self.set_aside.write_text("".join(lines))
+
+    @property
+    def set_aside(self) -> Path:
+        return self.root / "set_aside.txt"
 
     def evaluation(self, step: int) -> Path:
         return self.root / "evaluations" / f"step-{step:08d}.json"
@@ -71,10 +88,19 @@ class RunFolder:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with draft.open("w") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w") as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(f"{path} cannot be written ({e.strerror})") from None

@@ -27,21 +27,24 @@ class StepCounts:
     """Samples of each task in the global step."""
     all_tokens: int
     """Tokens of the global step, prompts included, padding not."""
+    truncated: int
+    """Samples of the global step whose prompt was cut to fit."""
     stop: bool
     """Whether any rank was asked to stop."""
 
 
 def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: bool) -> StepCounts:
     """Sum this step's counts, and the stop flags, over all ranks. Collective: every rank must call."""
-    mine = np.zeros(2 * num_tasks + 2)
+    mine = np.zeros(2 * num_tasks + 3)
     for batch in batches:
         mine[:num_tasks] += batch.targets_per_task(num_tasks).numpy()
         mine[num_tasks : 2 * num_tasks] += batch.rows_per_task(num_tasks).numpy()
-        mine[-2] += batch.num_tokens
+        mine[-3] += batch.num_tokens
+        mine[-2] += batch.num_truncated
     mine[-1] = stop
     everyone = engine.topology.sum(mine)
     tokens, rows = everyone[:num_tasks], everyone[num_tasks : 2 * num_tasks]
-    return StepCounts(tokens, rows, int(everyone[-2]), bool(everyone[-1]))
+    return StepCounts(tokens, rows, int(everyone[-3]), int(everyone[-2]), bool(everyone[-1]))
 
 
 def accumulate(

@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from moe_medical.errors import PreemptedError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _REPEAT_SECONDS = 3.0
 _LOG = logging.getLogger(__name__)
 
@@ -39,12 +37,12 @@ class StopFlag:
             self._asked_at = now
             _LOG.info("%s: stopping after this step", signal.Signals(signum).name)
         elif now - self._asked_at > _REPEAT_SECONDS:
-            os._exit(PreemptedError.exit_code)
+            os._exit(128 + signum)
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
         """Handle the stop signals inside the block, restore the old handlers after it."""
-        old = {s: signal.signal(s, self.ask) for s in _SIGNALS}
+        old = {s: signal.signal(s, self.ask) for s in STOP_SIGNALS}
         try:
             yield self
         finally:

@@ -1,4 +1,4 @@
-"""The result of a run, task by task: printed, written to results.json, and sent to W&B as a table."""
+"""The result of a run, task by task: printed, and written to results.json."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from types import FrameType
 
 from moe_medical.errors import PeerLostError, PreemptedError
 from moe_medical.ports import free_port
+from moe_medical.training.stopping import STOP_SIGNALS
 
 _CLAIM = "MOE_MEDICAL_ERROR_CLAIM"
 """Variable that names a file; the rank that creates it tells the launch's error."""
@@ -72,7 +73,7 @@ def _look_after(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         # The ranks have sessions of their own: a terminal's Ctrl-C comes here only and is passed on once.
         _signal_all(ranks, signal.SIGTERM if signum == signal.SIGINT else signum)
 
-    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    old = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
     try:
         return _wait(ranks)
     finally:
@@ -121,8 +122,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    codes = [p.returncode for p in ranks if p.poll() is not None and p.returncode != 0]
-    return None if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
+    codes = [p.returncode if p.returncode > 0 else 128 - p.returncode for p in ranks if p.poll()]
+    causes = [code for code in codes if code != PeerLostError.exit_code]  # the others only felt it
+    return next(iter(causes + codes), None)
 
 
 def _signal_all(ranks: Sequence[subprocess.Popen[bytes]], signum: int) -> None:

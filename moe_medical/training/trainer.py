@@ -18,7 +18,7 @@ from moe_medical.adapters.interop import save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config import RunConfig, resolve_adapters, save_config
+from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.batches import TrainingBatches
 from moe_medical.data.formats import ChatFormat
@@ -30,7 +30,8 @@ from moe_medical.evaluation.evaluate import Evaluation, Evaluator
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
-from moe_medical.training.identity import RunIdentity
+from moe_medical.training.identity import identify
+from moe_medical.training.preflight import check_context
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
@@ -59,6 +60,7 @@ class Trainer:
         self.folder = RunFolder(Path(config.run.dir))
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
         self.base = locate_base(config.model)
+        check_context(config, self.base)
         self.chat = ChatFormat.from_folder(
             self.base.folder, config.data.system_prompt, config.data.max_length
         )
@@ -66,15 +68,8 @@ class Trainer:
         samples = config.training.steps * config.training.global_batch
         self.plan = build_plan(self.tasks, config.data, config.run.seed, samples)
         self.plan.counts(samples)  # fails now, not after hours, if the repeat caps cannot feed the run
-        self.identity = RunIdentity(
-            base_model=self.base.name,
-            base_revision=self.base.revision,
-            seed=config.run.seed,
-            global_batch=config.training.global_batch,
-            mixture=self.plan.state(),
-            fingerprints={f: digest for t in self.tasks for f, digest in t.fingerprints.items()},
-        )
         self.adapters = resolve_adapters(config.adapters)
+        self.identity = identify(config, self.base, self.adapters, self.tasks, self.plan)
         model = load_base(self.base, config.model.dtype).train()
         self.context = attach_adapters(model, self.adapters, config.run.seed)
         self.engine = build_engine(model, adapter_parameters(model), config, topology)
@@ -84,7 +79,7 @@ class Trainer:
         self.stop = StopFlag()
         self.meter = TaskMeter([t.name for t in self.tasks])
         self.speed = SpeedMeter()
-        self.tokens_seen = 0
+        self.tokens_seen = self.truncated = 0
         self.sinks = Sinks()
 
     def run(self) -> RunResult:
@@ -130,8 +125,8 @@ class Trainer:
         last = first or -1  # a fresh start keeps nothing, not even step 0
         self.folder.forget_evaluations(last)
         self._announce(first)
-        self.folder.create()
-        save_config(self.config, self.folder.config)
+        self.folder.create(self.config)
+        self.folder.write_set_aside(record for task in self.tasks for record in task.bad)
         jsonl = JsonlSink(self.folder.metrics)
         jsonl.truncate_after(last)
         self.sinks.append(jsonl)
@@ -142,10 +137,8 @@ class Trainer:
 
     def _announce(self, first: int) -> None:
         trainable = sum(math.prod(shape) for shape in parameter_shapes(self.engine).values())
-        ranks, stage = self.topology.world_size, self.engine.stage
-        _LOG.info(
-            "%s: %d ranks on %s, ZeRO-%d", self.config.run.name, ranks, self.topology.device.type, stage
-        )
+        where = f"{self.topology.world_size} ranks ({self.topology.source}) on {self.topology.device.type}"
+        _LOG.info("%s: %s, ZeRO-%d", self.config.run.name, where, self.engine.stage)
         steps, batch = self.config.training.steps, self.config.training.global_batch
         _LOG.info("%d tasks, %s trainable parameters", len(self.tasks), f"{trainable:,}")
         _LOG.info("steps %d to %d of %d samples each; writing to %s", first, steps, batch, self.folder.root)
@@ -158,6 +151,10 @@ class Trainer:
         mode, root = self.config.checkpoint.resume, self.folder.checkpoints
         if step is None and mode == "must":
             raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
+        if step is None and any(root.glob("step-*.corrupt-*")):
+            raise CheckpointMissingError(
+                f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
+            )
         if step is None:
             _LOG.info("no checkpoint in %s: starting at step 0", root)
             return 0
@@ -166,6 +163,7 @@ class Trainer:
         self._check_resumable(checkpoint)
         load_state(self.engine, checkpoint.trainable)
         self.tokens_seen = int(checkpoint.state["tokens"])
+        self.truncated = int(checkpoint.state["truncated"])
         if self.topology.is_main:
             self.meter.sums = np.array(checkpoint.state["meter"])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
@@ -202,6 +200,7 @@ class Trainer:
             state = {
                 "samples": step * self.config.training.global_batch,
                 "tokens": self.tokens_seen,
+                "truncated": self.truncated,
                 "meter": self.meter.sums.tolist(),
                 "identity": self.identity.to_json(),
             }
@@ -243,10 +242,12 @@ class Trainer:
         norm = self.engine.step(rate)
         self.tokens_seen += counts.all_tokens
         self.meter.sums += sums.T
+        self.truncated += counts.truncated
         self.speed.step(counts.all_tokens)
-        if (step + 1) % self.config.tracking.log_every_steps == 0:
-            loss = self._log_step(step + 1, rate, norm)
-            progress.advance(self.config.tracking.log_every_steps, self._note(loss))
+        note = ""
+        if (step + 1) % self.config.tracking.log_every_steps == 0 or step + 1 == self.config.training.steps:
+            note = self._note(self._log_step(step + 1, rate, norm))
+        progress.advance(1, note)
 
     def _log_step(self, done: int, rate: float, norm: float) -> float:
         self.meter.reduce(self.topology.sum)
@@ -261,6 +262,7 @@ class Trainer:
             "grad_norm": norm,
             "step_seconds": self.speed.last_step_seconds,
             "tokens_per_second": self.speed.tokens_per_second,
+            "health/truncated_prompts": self.truncated,
         }
         values |= self._mixture_values(done)
         self.sinks.log(values, done)
@@ -326,7 +328,9 @@ class Trainer:
 
 def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> dict[str, Any]:
     """What a user of the adapter must know beside its weights."""
-    labels = {t.name: sorted({c for e in t.evaluation for c in e.choices}) for t in tasks}
+    # Options of other kinds of tasks differ by row: they are text of records, not labels.
+    closed = [t for t in tasks if t.spec.kind in ("classification", "yes_no")]
+    labels = {t.name: sorted({c for e in t.train for c in e.choices}) for t in closed}
     return {
         "base_model": base.name,
         "base_revision": base.revision,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from support.tiny import write_tiny_model
+from support.tiny import ROOT, write_tiny_model
 
-from moe_medical.base_model import locate_base
+from moe_medical.base_model import locate, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, DataError, SecurityRefusal
@@ -61,10 +64,23 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert SecurityRefusal.exit_code == 77
 
 
-def test_a_config_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
-    config = json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "modeling.Model"}})
+@pytest.mark.parametrize("model_type", ["homemade", None])
+def test_a_config_that_wants_to_run_code_is_refused(tmp_path: Path, model_type: str | None) -> None:
+    config = json.dumps({"model_type": model_type, "auto_map": {"AutoModel": "modeling.Model"}})
     text = _refusal(SecurityRefusal, _folder(tmp_path / "model", config, "model.safetensors"))
-    assert "model/config.json has an auto_map" in text
+    assert f"model/config.json has an auto_map and a model_type ({str(model_type)!r})" in text
+
+
+def test_an_auto_map_of_a_known_type_is_not_asked_and_costs_no_torch(tmp_path: Path) -> None:
+    config = json.dumps({"model_type": "phi3", "auto_map": {"AutoModel": "modeling.Model"}})
+    name = _folder(tmp_path / "model", config, "model.safetensors")
+    code = (
+        "import sys\nfrom moe_medical.base_model import locate_base\n"
+        "from moe_medical.config.schema import ModelSection\n"
+        "print(locate_base(ModelSection(sys.argv[1])).model_type, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["phi3", "False"], done.stderr
 
 
 @pytest.mark.parametrize("name", ["smollm2-1350m", "/no/such/folder", "a/b/c"])
@@ -81,6 +97,15 @@ def test_hub_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert head == "the base model has 1 problem:"
     assert line.startswith("  model.name could not be fetched from the hub (")
     assert "got 'nobody/nothing'. Check name and revision; without a network give a local folder." in line
+
+
+def test_the_hub_is_asked_for_one_copy_of_the_weights() -> None:
+    wanted = ["config.json", "model-1-of-2.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    copies = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "modeling.py"]
+    chosen = filter_repo_objects(
+        wanted + copies, allow_patterns=locate._HUB_FILES, ignore_patterns=locate._NOT_HUB_FILES
+    )
+    assert list(chosen) == wanted
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,21 @@ def test_the_plan_counts_what_is_attached(base: BaseModel, section: AdaptersSect
     assert (kinds.count("molora"), kinds.count("lora")) == (attached.num_molora, attached.num_lora)
 
 
+def test_a_second_copy_of_the_weights_is_not_counted(base: BaseModel, tmp_path: Path) -> None:
+    counted = num_parameters(base)
+    for path in base.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "consolidated.safetensors").write_bytes(save({"tok_embeddings.weight": torch.zeros(2, 2)}))
+    assert num_parameters(BaseModel("x", None, tmp_path, base.config)) == counted
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_unreadable_index(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(DataError, match=r"index\.json is not a readable safetensors index$"):
+        linear_shapes(BaseModel("x", None, tmp_path, {}))
+
+
 @pytest.mark.parametrize("kind", ["empty", "short header", "endless header", "no JSON"])
 def test_unreadable_header(kind: str, tmp_path: Path) -> None:
     whole = save({"a.weight": torch.zeros(2, 2)})

@@ -12,6 +12,7 @@ import pytest
 from support.tiny import ROOT
 
 from moe_medical.config import load_config, save_config
+from moe_medical.config.deepspeed_keys import ZERO_KEYS
 from moe_medical.errors import ConfigError
 
 RUN_FILE = """
@@ -214,6 +215,16 @@ def test_experts_are_not_spread_yet(folder: Path) -> None:
             "{path}: zero_optimization.stage must be 0, 1, 2 or 3, got 4.",
         ),
         ('{"zero_optimization": 2}', "{path}: zero_optimization.stage must be 0, 1, 2 or 3."),
+        (
+            '{"zero_optimisation": {"stage": 3}}',
+            "{path}: zero_optimisation is not a DeepSpeed key for use beside a run file. "
+            "Did you mean 'zero_optimization'?",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimiser": {}}}',
+            "{path}: zero_optimization.offload_optimiser is not a key of zero_optimization. "
+            "Did you mean 'offload_optimizer'?",
+        ),
         ('{"optimizer": {}}', "{path}: optimizer is owned by the run file's training.learning_rate."),
     ],
 )
@@ -221,6 +232,13 @@ def test_unusable_deepspeed_json(folder: Path, text: str, line: str) -> None:
     (folder / "zero.json").write_text(text)
     (found,) = _problems(folder)
     assert found.startswith(line.format(path=folder / "zero.json"))
+
+
+def test_the_known_zero_keys_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert fields.keys() | {field.alias for field in fields.values() if field.alias} == ZERO_KEYS
 
 
 def test_a_saved_config_loads_as_the_same(folder: Path) -> None:

@@ -160,6 +160,13 @@ def test_columns_of_a_headless_table_are_not_quoted(tmp_path: Path) -> None:
     assert "Jones" not in str(caught.value)
 
 
+def test_a_report_longer_than_pythons_own_limit_for_a_cell(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text(f"id,q,a\n1,{'long ' * 30_000},yes\n")
+    [example] = load(file, choices=None).examples
+    assert len(example.prompt) > 131_072
+
+
 BROKEN_TABLES = {
     "ragged": (b"id,q,a\n1,x\n2,y,no\n", "more or fewer cells than the header"),
     "latin1": ("id,q,a\n1,é,yes\n2,y,no\n".encode("latin1"), "invalid UTF-8"),

@@ -15,7 +15,16 @@ import yaml
 from moe_medical.data.terminologies import BUILDERS, TERMINOLOGIES, Terminology, build_task, build_terminology
 from moe_medical.data.terminologies.hpo_tasks import is_one_sentence
 from moe_medical.data.terminologies.packages import DataPackage
-from moe_medical.data.terminologies.rows import Row, TaskRecipe, choose, split_of, split_rows
+from moe_medical.data.terminologies.rows import (
+    SPLITS,
+    Choice,
+    Row,
+    TaskRecipe,
+    choose,
+    draw,
+    split_of,
+    split_rows,
+)
 from moe_medical.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +112,19 @@ def test_no_concept_and_no_input_is_in_two_splits(builder, tasks):
     for parts in (concepts, inputs):
         assert not parts["train"] & (parts["validation"] | parts["test"])
         assert not parts["validation"] & parts["test"]
+
+
+@pytest.mark.parametrize("builder", _of_kind("multiple_choice"))
+def test_no_answer_held_out_is_an_option_in_training(builder, tasks):
+    train, *held_out = ([(row["output"], _options(row)) for row in tasks[builder][split]] for split in SPLITS)
+    answers = {options[letter] for rows in held_out for letter, options in rows}
+    assert len(answers) >= 12
+    assert not answers & {text for _, options in train for text in options.values()}
+
+
+def _options(row: dict) -> dict[str, str]:
+    """Letter -> text."""
+    return dict(line.split(". ", 1) for line in row["input"].splitlines()[-4:])
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -235,6 +257,17 @@ def test_rows_whose_concepts_disagree_or_whose_answers_conflict_are_dropped():
     ]
     splits = split_rows(TaskRecipe("?", lambda source: rows), None)
     assert splits == {"train": [rows[0]], "validation": [], "test": []}
+
+
+def test_wrong_options_are_of_the_rows_own_split():
+    concepts = [str(i) for i in range(200)]
+    own = next(each for each in concepts if split_of([each], 0.1) == "test")
+    others = {each: each for each in concepts if each != own}
+    row = draw(Choice("?", own, (own,), others), 0.1)
+    assert row is not None
+    assert {split_of([line[3:]], 0.1) for line in row.input.splitlines()[1:]} == {"test"}
+    train_only = {each: each for each in others if split_of([each], 0.1) == "train"}
+    assert draw(Choice("?", own, (own,), train_only), 0.1) is None
 
 
 def test_choose_points_at_the_answer():

@@ -43,7 +43,7 @@ def _table(folder: Path) -> object:
 
 def test_the_undisturbed_run_has_what_the_others_are_compared_by(undisturbed: UndisturbedRun) -> None:
     seen = rows(undisturbed.folder)
-    assert [row["step"] for row in seen if "loss" in row] == list(range(3, 40, 3))
+    assert [row["step"] for row in seen if "loss" in row] == [*range(3, 40, 3), 40]
     assert [row["step"] for row in seen if "eval/macro_loss" in row] == [0, 10, 20, 30, 40]
     assert seen[-1]["eval/macro_loss"] < seen[0]["eval/macro_loss"]
 
@@ -119,7 +119,7 @@ def test_a_finished_run_ends_at_once_and_changed_data_is_refused(
 
 
 def _lines_of_table(output: str) -> list[str]:
-    return [line for line in output.splitlines() if re.match("[│|]", line)]
+    return [line for line in output.splitlines() if "→" in line]
 
 
 # What cannot go on, asked of one process that plays one run after the other
@@ -182,7 +182,7 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
             "training.global_batch was 8 in the checkpoint",
             "other shape ['model.layers.0.mlp.down_proj.lora_A",
             "run.seed was 17 in the checkpoint, is 3",
-            "the mixture (tasks, rows, weights or caps) is not the checkpoint's",
+            "'block': 16} in the checkpoint, is",
             "",
             "step-00000000.json is lost",
         ],

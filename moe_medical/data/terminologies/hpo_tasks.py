@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from moe_medical.data.terminologies.hpo import Hpo, Term
-from moe_medical.data.terminologies.rows import Row, TaskRecipe, choose, seeded
+from moe_medical.data.terminologies.rows import Choice, Row, TaskRecipe, seeded
 
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]%]{2}\.)\s+(?=[A-Z])")
 _ACRONYM = re.compile(r"^[A-Z][A-Za-z0-9-]{1,6}$")
@@ -107,14 +107,11 @@ def _kind_of(hpo: Hpo, first: str, second: str, answer: str) -> Row:
     return Row(text, answer, (first, second), ("yes", "no"))
 
 
-def choose_term(hpo: Hpo) -> Iterator[Row]:
+def choose_term(hpo: Hpo) -> Iterator[Choice]:
     """A definition -> which of four neighbouring phenotypes it defines."""
     for term in filter(_hides_name, _briefly_defined(hpo)):
         near = [each for each in _siblings(hpo, term.id) if not hpo.related(each, term.id)]
-        pool = sorted({hpo.terms[each].name for each in near})
-        if len(pool) >= 3:
-            wrong = seeded("choose_term", term.id).sample(pool, 3)
-            yield choose(term.definition, term.name, wrong, (term.id,))
+        yield Choice(term.definition, term.name, (term.id,), {hpo.terms[each].name: each for each in near})
 
 
 TERM_TASKS: dict[str, TaskRecipe[Hpo]] = {

@@ -72,6 +72,14 @@ class Icd10cm:
                 by_chapter[entry.chapter].append(entry)
         return dict(by_chapter)
 
+    @cached_property
+    def bearers(self) -> dict[str, tuple[str, ...]]:
+        """The codes of each title; a subcategory may repeat the title of one elsewhere."""
+        codes: dict[str, list[str]] = defaultdict(list)
+        for entry in self.entries.values():
+            codes[entry.title].append(entry.code)
+        return {title: tuple(bearers) for title, bearers in codes.items()}
+
     def spread(self, per_category: int) -> Iterator[Entry]:
         """At most so many entries of each category, so that injuries do not crowd out the rest."""
         by_category: dict[str, list[Entry]] = defaultdict(list)

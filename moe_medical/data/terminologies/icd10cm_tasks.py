@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moe_medical.data.terminologies.icd10cm import Entry, Icd10cm
-from moe_medical.data.terminologies.rows import Row, TaskRecipe, choose, digest, seeded
+from moe_medical.data.terminologies.rows import Choice, Row, TaskRecipe, choose, digest, seeded
 
 MIN_CHAPTER_CATEGORIES = 10
 MAX_SUBDIVISIONS = 5
@@ -134,16 +134,18 @@ def _together(icd: Icd10cm, first: str, second: str, answer: str) -> Row:
     return Row("\n".join(titles), answer, (first, second), ("yes", "no"))
 
 
-def choose_description(icd: Icd10cm) -> Iterator[Row]:
+def choose_description(icd: Icd10cm) -> Iterator[Choice]:
     """A code -> which of four titles of its block, all of codes as long as its own, it stands for."""
-    by_level: dict[tuple[str, int], set[str]] = defaultdict(set)
+    by_level: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     for entry in icd.entries.values():
-        by_level[entry.lineage[0], len(entry.code)].add(entry.title)
+        by_level[entry.lineage[0], len(entry.code)].append(entry)
     for entry in icd.spread(per_category=4):
-        pool = sorted(by_level[entry.lineage[0], len(entry.code)] - {entry.title})
-        if len(pool) >= 3:
-            wrong = seeded("choose_description", entry.code).sample(pool, 3)
-            yield choose(entry.code, entry.title, wrong, (entry.code,))
+        level = by_level[entry.lineage[0], len(entry.code)]
+        yield Choice(entry.code, entry.title, icd.bearers[entry.title], _others(level, entry))
+
+
+def _others(pool: Iterable[Entry], answer: Entry) -> dict[str, str]:
+    return {each.title: each.code for each in pool if each.title != answer.title}
 
 
 def odd_one_out(icd: Icd10cm) -> Iterator[Row]:
@@ -171,16 +173,15 @@ def subdivisions(icd: Icd10cm) -> Iterator[Row]:
             yield Row(f"{code} {icd.entries[code].title}", "; ".join(titles), (code,))
 
 
-def code_first(icd: Icd10cm) -> Iterator[Row]:
+def code_first(icd: Icd10cm) -> Iterator[Choice]:
     """A manifestation -> which of four conditions its `code first` note names; three are of other blocks."""
     for entry in icd.entries.values():
         causes = [cause for note in entry.code_first if (cause := icd.referenced(note))]
         blocks = {each.lineage[0] for each in [*causes, entry]}
         for cause in sorted(causes, key=lambda each: digest(f"{entry.code} {each.code}"))[:MAX_CAUSES]:
-            pool = [each.title for each in icd.categories[cause.chapter] if each.lineage[0] not in blocks]
-            if len(pool) >= 3:
-                wrong = seeded("code_first", entry.code, cause.code).sample(pool, 3)
-                yield choose(entry.title, cause.title, wrong, (entry.code, cause.code))
+            pool = [each for each in icd.categories[cause.chapter] if each.lineage[0] not in blocks]
+            concepts = (entry.code, *icd.bearers[cause.title])
+            yield Choice(entry.title, cause.title, concepts, _others(pool, cause))
 
 
 TASKS: dict[str, TaskRecipe[Icd10cm]] = {

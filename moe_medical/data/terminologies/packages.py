@@ -16,7 +16,7 @@ from pathlib import Path
 from moe_medical.data.terminologies.rows import digest
 from moe_medical.errors import DataError
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 """Raise it with every change of the rows, so that old caches are not read."""
 
 

@@ -3,6 +3,8 @@
 Decisions:
 - The split is a property of a concept (a code, a term, a disease, a gene), by its sha256; a row whose
   concepts disagree is dropped. Nothing that a test row asks about is asked about in a train row.
+- Wrong options are drawn from concepts of the row's own split: no answer of a test row is an option that
+  training taught to reject, nor the one option that training never showed.
 - The held-out ranges lie at the two ends of the hash, so a larger `holdout` only widens them: a concept held
   out at 0.1 is held out in every task of the terminology.
 - The same input with two different outputs is ambiguous; all its rows are dropped.
@@ -16,7 +18,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -41,11 +43,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question whose wrong options are still to be drawn."""
+
+    question: str
+    answer: str
+    concepts: tuple[str, ...]
+    others: Mapping[str, str]
+    """Texts that are wrong answers -> the concept that each one names."""
+
+
+@dataclass(frozen=True)
 class TaskRecipe(Generic[Source]):
     """How one task is made from a parsed terminology."""
 
     instruction: str
-    rows: Callable[[Source], Iterable[Row]]
+    rows: Callable[[Source], Iterable[Row | Choice]]
     holdout: float = 0.1
     """Share of concepts for validation, and again for test."""
     balanced: bool = False
@@ -84,13 +97,30 @@ def choose(question: str, answer: str, distractors: Sequence[str], concepts: tup
     return Row(text, LETTERS[options.index(answer)], concepts, tuple(LETTERS))
 
 
+def draw(choice: Choice, holdout: float) -> Row | None:
+    """The row with three wrong options of its own split, or None where there are fewer."""
+    split = split_of(choice.concepts, holdout)
+    pool = sorted(text for text, named in choice.others.items() if _split(named, holdout) == split)
+    if split is None or len(pool) < len(LETTERS) - 1:
+        return None
+    wrong = seeded(choice.question, choice.answer).sample(pool, len(LETTERS) - 1)
+    return choose(choice.question, choice.answer, wrong, choice.concepts)
+
+
 def split_rows(recipe: TaskRecipe[Source], source: Source) -> dict[str, list[Row]]:
     """All rows of one task by split: usable, unambiguous, balanced if asked, capped, in a seeded order."""
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in _unambiguous(filter(_is_short, recipe.rows(source))):
+    for row in _unambiguous(filter(_is_short, _drawn(recipe, source))):
         if split := split_of(row.concepts, recipe.holdout):
             splits[split].append(row)
     return {split: _select(rows, MAX_ROWS[split], recipe.balanced) for split, rows in splits.items()}
+
+
+def _drawn(recipe: TaskRecipe[Source], source: Source) -> Iterator[Row]:
+    for each in recipe.rows(source):
+        row = draw(each, recipe.holdout) if isinstance(each, Choice) else each
+        if row:
+            yield row
 
 
 def _is_short(row: Row) -> bool:

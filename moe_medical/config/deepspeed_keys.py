@@ -1,0 +1,107 @@
+"""The keys of the DeepSpeed JSON: which the run file owns, which are known.
+
+Decisions: DeepSpeed ignores a top-level key that it does not know, so that a misspelt `zero_optimization`
+would train without ZeRO; hence both sets are closed. They are those of DeepSpeed 0.19.8, written down since
+importing it takes seconds; a test compares them. Left out are the keys that would change the loss or the
+data, split the model, or log elsewhere (`gradient_allreduce_op`, `data_efficiency`, `tensor_parallel`,
+`wandb`, ...). What lies inside other keys is DeepSpeed's to check.
+"""
+
+from __future__ import annotations
+
+RUN_FILE_OWNS = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch",
+    "gradient_clipping": "training.clip_norm",
+    "optimizer": "training.learning_rate",
+    "scheduler": "training.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "steps_per_print": "tracking.log_every_steps",
+}
+"""DeepSpeed keys that the run file decides, and where."""
+
+TOP_LEVEL_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "aio",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "disable_allgather",
+        "data_types",
+        "activation_checkpointing",
+        "checkpoint",
+        "compile",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "flops_profiler",
+        "comms_logger",
+        "timers",
+        "dump_state",
+        "disable_python_gc",
+        "log_level",
+    }
+)
+"""Keys of the JSON that make sense beside a run file."""
+
+ZERO_KEYS = frozenset(
+    {
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+        "elastic_checkpoint",
+        "offload_param",
+        "offload_optimizer",
+        "zenflow",
+        "sub_group_size",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "cpu_offload",
+        "prefetch_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "param_persistence_threshold",
+        "stage3_param_persistence_threshold",
+        "model_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "max_live_parameters",
+        "stage3_max_live_parameters",
+        "max_reuse_distance",
+        "stage3_max_reuse_distance",
+        "gather_16bit_weights_on_model_save",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "module_granularity_threshold",
+        "stage3_module_granularity_threshold",
+        "use_all_reduce_for_fetch_params",
+        "stage3_use_all_reduce_for_fetch_params",
+        "allgather_sequential",
+        "stage3_allgather_sequential",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory",
+        "leaf_module",
+    }
+)
+"""Fields and aliases of `deepspeed.runtime.zero.config.DeepSpeedZeroConfig`."""
