@@ -7,13 +7,13 @@ weights.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
 from pathlib import Path
 
 from moe_medical.cache import default_cache, publish_folder
+from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -45,13 +45,8 @@ def verify_checksums(folder: Path) -> None:
         return
     for name, expected in json.loads(record.read_text()).items():
         file = folder / name
-        if not file.is_file() or sha256(file) != expected:
+        if not file.is_file() or sha256_file(file) != expected:
             raise DataError(f"{file} is damaged: its sha256 is not the one in {CHECKSUMS}. Delete {folder}.")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _gguf_file() -> Path:
@@ -61,7 +56,7 @@ def _gguf_file() -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise DataError(f"model {EMBEDDED_NAME!r} needs the file in the package {_PACKAGE}: {fix}") from None
     found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
-    if not found or sha256(found[0]) != _GGUF_SHA256:
+    if not found or sha256_file(found[0]) != _GGUF_SHA256:
         raise DataError(f"the GGUF file of {_PACKAGE} is missing or not the one of {_VERSION}: {fix}")
     return found[0]
 
@@ -81,5 +76,5 @@ def _convert(source: Path, folder: Path) -> None:
     # named_parameters() lists a tied tensor once: the output head is the embedding.
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    weights = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+    weights = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
     (folder / CHECKSUMS).write_text(json.dumps(weights, indent=1))

@@ -1,4 +1,4 @@
-"""The keys of the DeepSpeed JSON: which the run file owns, which are known.
+"""The DeepSpeed JSON: reading it, which keys the run file owns, which are known.
 
 Decisions: DeepSpeed ignores a top-level key that it does not know, so that a misspelt `zero_optimization`
 would train without ZeRO; hence both sets are closed. They are those of DeepSpeed 0.19.8, written down since
@@ -8,6 +8,11 @@ data, split the model, or log elsewhere (`gradient_allreduce_op`, `data_efficien
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 RUN_FILE_OWNS = {
     "train_batch_size": "training.global_batch",
@@ -105,3 +110,13 @@ ZERO_KEYS = frozenset(
     }
 )
 """Fields and aliases of `deepspeed.runtime.zero.config.DeepSpeedZeroConfig`."""
+
+
+def read_deepspeed(path: Path | str) -> dict[str, Any]:
+    """A DeepSpeed JSON that `validate` has accepted."""
+    return dict(json.loads(Path(path).read_text()))
+
+
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed JSON, 0 where it names none."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))

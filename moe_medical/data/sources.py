@@ -28,6 +28,7 @@ from moe_medical.data.recipe import (
     parse_template,
     template_columns,
 )
+from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
 
 LIST_SEPARATOR = "; "
@@ -140,8 +141,7 @@ def _built(spec: TaskSpec, builder: str, split: str) -> Path:
 
 def _digest_file(file: Path, where: str) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_file(file)
     except OSError as e:
         raise DataError(f"{where}: cannot read {file} ({e.strerror}).") from None
 

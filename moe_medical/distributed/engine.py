@@ -7,14 +7,13 @@ Only adapters and routers are handed to the optimizer; the base has no gradients
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
 from moe_medical.distributed.topology import Topology
 
@@ -90,13 +89,12 @@ def build_engine(
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of the run with the run file's own keys filled in."""
     training = config.training
-    settings: dict[str, Any] = json.loads(Path(config.parallel.deepspeed).read_text())
-    stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+    settings = read_deepspeed(config.parallel.deepspeed)
     return settings | {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": training.global_batch // (training.micro_batch * world_size),
         # NOTE(deepspeed): left out, clipping would silently default to 1.0.
-        "gradient_clipping": training.clip_norm if stage else 0.0,
+        "gradient_clipping": training.clip_norm if zero_stage(settings) else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }

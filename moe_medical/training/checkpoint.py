@@ -15,7 +15,6 @@ Not here: retries on a full disk, and reading with one damaged copy per node.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -31,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moe_medical.digest import sha256_file
 from moe_medical.distributed import TrainableState
 from moe_medical.distributed.state import MOMENTS
 from moe_medical.errors import DataError, StorageError
@@ -190,8 +190,7 @@ def _refuse_newer(folder: Path, version: int) -> None:
 
 def _entry(path: Path) -> dict[str, object]:
     """What the manifest says of a file."""
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -6,10 +6,8 @@ Activations and buffers are not in the memory figures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from moe_medical.adapters.placement import match_modules
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.shapes import LinearShape, linear_shapes, num_parameters
 from moe_medical.config import MoloraConfig, RunConfig, resolve_adapters
+from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.console import show, show_table
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
@@ -94,7 +93,7 @@ def show_plan(plan: RunPlan, config: RunConfig) -> None:
     share = 100 * plan.trainable / plan.base_parameters
     show(f"trainable {plan.trainable:,} parameters, {share:.2f} % of the base's {plan.base_parameters:,}\n")
     memory = plan.memory
-    stage = _zero_stage(config)
+    stage = zero_stage(read_deepspeed(config.parallel.deepspeed))
     columns = ("memory per rank", "base", "adapters", "gradients", "optimizer", "total")
     sizes = (memory.base, memory.adapters, memory.gradients, memory.optimizer, memory.total)
     label = f"ZeRO-{stage}, {config.parallel.ranks} ranks, without activations"
@@ -121,7 +120,7 @@ def plan_layers(base: BaseModel, adapters: MoloraConfig) -> list[LayerPlan]:
 
 def plan_memory(config: RunConfig, base_parameters: int, trainable: int) -> MemoryPlan:
     """Bytes per rank: fp32 adapters, gradients and AdamW states, spread as the ZeRO stage does."""
-    stage, ranks = _zero_stage(config), config.parallel.ranks
+    stage, ranks = zero_stage(read_deepspeed(config.parallel.deepspeed)), config.parallel.ranks
     base = base_parameters * _BYTES[config.model.dtype]
     master = 0 if stage == 0 else 4
     return MemoryPlan(
@@ -130,11 +129,6 @@ def plan_memory(config: RunConfig, base_parameters: int, trainable: int) -> Memo
         gradients=4 * trainable // (ranks if stage >= 2 else 1),
         optimizer=(8 + master) * trainable // (ranks if stage >= 1 else 1),
     )
-
-
-def _zero_stage(config: RunConfig) -> int:
-    settings = json.loads(Path(config.parallel.deepspeed).read_text())
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def _plan_tasks(config: RunConfig, tasks: Sequence[TaskData], chat: ChatFormat) -> list[TaskPlan]:

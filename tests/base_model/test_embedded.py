@@ -17,11 +17,11 @@ from moe_medical.base_model.embedded import (
     CHECKSUMS,
     EMBEDDED_NAME,
     embedded_folder,
-    sha256,
     verify_checksums,
 )
 from moe_medical.base_model.load import load_base
 from moe_medical.config.schema import ModelSection
+from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
 
 
@@ -29,7 +29,7 @@ def test_damaged_or_missing_files_are_found(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
     verify_checksums(folder)  # not ours: no record of it
     weights = folder / "model.safetensors"
-    (folder / CHECKSUMS).write_text(json.dumps({weights.name: sha256(weights)}))
+    (folder / CHECKSUMS).write_text(json.dumps({weights.name: sha256_file(weights)}))
     verify_checksums(folder)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

@@ -143,6 +143,9 @@ def _exit_codes(run: str) -> list[list]:
         lost = Path(run).parent / "run" / "evaluations" / "step-00000000.json"
         if overrides == ["checkpoint.resume=must"] and lost.exists():
             lost.write_text("")
+        if overrides == []:
+            for state in Path(run).parent.glob("run/checkpoints/step-*/state.json"):
+                state.write_text("")
     stop_distributed()
     return seen
 
@@ -158,6 +161,7 @@ ATTEMPTS = [
     ["data.mix.block=8"],
     ["checkpoint.resume=must"],
     [],
+    ["checkpoint.keep=3"],
 ]
 
 
@@ -170,7 +174,7 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
         checkpoint={"every_steps": 2},
     )
     seen = on_ranks(1, _exit_codes, tmp_path, str(run))[0]
-    assert [code for code, _ in seen] == [66, 0, 64, 64, 65, 65, 65, 65, 0, 65]
+    assert [code for code, _ in seen] == [66, 0, 64, 64, 65, 65, 65, 65, 0, 65, 66]
     checkpoints = tmp_path / "run" / "checkpoints"
     for (_, message), wanted in zip(
         seen,
@@ -185,7 +189,9 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
             "'block': 16} in the checkpoint, is",
             "",
             "step-00000000.json is lost",
+            f"every checkpoint in {checkpoints} is damaged",
         ],
         strict=True,
     ):
         assert wanted in message
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
