@@ -18,6 +18,15 @@ from moe_medical.errors import ConfigError, Problem
 AdapterKind = Literal["molora", "lora"]
 NUM_EXAMPLES = 4
 
+_SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Sibling layers that read the same tensor in the models of transformers."""
+
 
 def match_modules(names: Iterable[str], config: MoloraConfig) -> dict[str, AdapterKind]:
     """Choose the adapter of each linear layer.
@@ -41,6 +50,19 @@ def match_modules(names: Iterable[str], config: MoloraConfig) -> dict[str, Adapt
     if problems:
         raise ConfigError("adapter placement", problems)
     return {n: "molora" if n in molora else "lora" for n in ordered if n in molora or n in lora}
+
+
+def shared_input_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Split full module names into groups of siblings that read the same input; most stand alone.
+
+    Every name is in one group; groups come in the order of their first member.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        kin = next((siblings[0] for siblings in _SHARED_INPUT if leaf in siblings), leaf)
+        groups.setdefault((parent, kin), []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def _matched(key: str, patterns: Sequence[str], names: list[str], problems: list[Problem]) -> set[str]:

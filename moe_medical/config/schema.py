@@ -11,6 +11,8 @@ from typing import Literal, Optional
 
 Dtype = Literal["float32", "bfloat16"]
 ResumeMode = Literal["auto", "must", "never"]
+Exchange = Literal["auto", "tokens", "weights"]
+Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 
 
 @dataclass
@@ -114,6 +116,13 @@ class TrainingSection:
     epsilon: float = 1e-8
     clip_norm: float = 1.0
     """Global gradient norm at most; 0 turns clipping off."""
+    balance_over: Literal["global_batch", "micro_batch"] = "global_batch"
+    """Tokens that the load-balance loss counts. `global_batch` costs a second forward pass when there are
+    accumulation steps; `micro_batch` counts those that all ranks have at once."""
+    activation_checkpointing: Checkpointing = "none"
+    """Keep only each block's input and compute the rest again in backward."""
+    compile: bool = False
+    """Compile the base model's blocks with torch.compile."""
 
 
 @dataclass
@@ -126,6 +135,13 @@ class ParallelSection:
     """DeepSpeed JSON (ds_configs/ has them), relative to the run file: ZeRO stage, offload, buckets."""
     ep_size: int = 1
     """Ranks over which the experts of a layer are spread."""
+    exchange: Exchange = "auto"
+    """Under ep_size > 1, what travels: `tokens` to their experts, the experts' `weights` to the tokens, or
+    `auto`, the fewer bytes of the two for each layer. All give the same numbers."""
+    keep_gathered: bool = False
+    """Whether gathered weights stay for backward; otherwise they are freed and gathered again."""
+    overlap: bool = True
+    """Gather the next layer's weights while this one computes; false for debugging. ZeRO-3 does its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: int = 600
     """A collective that waits longer means a lost peer."""

@@ -19,7 +19,7 @@ from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData
-from moe_medical.distributed import Topology
+from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.generate import generate_ids
 from moe_medical.evaluation.metrics import score
 from moe_medical.evaluation.objective import task_sums, token_losses

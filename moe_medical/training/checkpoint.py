@@ -31,8 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_medical.digest import sha256_file
-from moe_medical.distributed import TrainableState
-from moe_medical.distributed.state import MOMENTS
+from moe_medical.distributed.state import MOMENTS, TrainableState
 from moe_medical.errors import DataError, StorageError
 
 FORMAT_VERSION = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_medical.config import RunConfig
-from moe_medical.distributed import naming_lost_peers, start_distributed, stop_distributed
+from moe_medical.distributed.topology import naming_lost_peers, start_distributed, stop_distributed
 from moe_medical.training.summary import show_summary, summarize, write_summary
 from moe_medical.training.trainer import RunResult, Trainer
 

@@ -13,7 +13,7 @@ from moe_medical.adapters.losses import balance_loss, z_loss
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
-from moe_medical.distributed import Engine
+from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
 
 

@@ -23,8 +23,9 @@ from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.batches import TrainingBatches
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
-from moe_medical.distributed import Topology, build_engine, gather_state, load_state
-from moe_medical.distributed.state import gather_parameters, parameter_shapes
+from moe_medical.distributed.engine import build_engine
+from moe_medical.distributed.state import gather_parameters, gather_state, load_state, parameter_shapes
+from moe_medical.distributed.topology import Topology
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter

@@ -11,7 +11,7 @@ from support.tiny import ROOT, write_tiny_run
 
 if TYPE_CHECKING:
     from moe_medical.config import RunConfig
-    from moe_medical.distributed import Topology
+    from moe_medical.distributed.topology import Topology
 
 STEPS = 4
 
@@ -21,8 +21,7 @@ def _train_losses(
 ) -> dict[str, list[float]]:
     """By preset: mean loss, then gradient norm, of each step. All presets share one process group."""
     from moe_medical.config import load_config
-    from moe_medical.distributed import start_distributed, stop_distributed
-    from moe_medical.distributed.topology import launched_ranks
+    from moe_medical.distributed.topology import launched_ranks, start_distributed, stop_distributed
 
     seen = {}
     for preset in presets:

@@ -12,7 +12,7 @@ from support.tiny import ROOT, write_tiny_run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_medical.distributed import TrainableState
+    from moe_medical.distributed.state import TrainableState
     from moe_medical.training.trainer import Trainer
 
 PRESETS = ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
@@ -24,7 +24,8 @@ HALF, FULL = 2, 4
 def _move_between_engines(run: str) -> dict[str, dict[str, float]]:
     """By move: how far the receiving engine is from where it should be. One process group for all."""
     from moe_medical.config import load_config
-    from moe_medical.distributed import gather_state, start_distributed, stop_distributed
+    from moe_medical.distributed.state import gather_state
+    from moe_medical.distributed.topology import start_distributed, stop_distributed
 
     topology = start_distributed(load_config(run).parallel)
 
@@ -51,7 +52,7 @@ def _move_between_engines(run: str) -> dict[str, dict[str, float]]:
 
 
 def _move(donor: Trainer, taker: Trainer, half: TrainableState, full: TrainableState) -> dict[str, float]:
-    from moe_medical.distributed import gather_state, load_state
+    from moe_medical.distributed.state import gather_state, load_state
 
     load_state(taker.engine, half)
     loaded = _distance(gather_state(taker.engine, HALF), half)

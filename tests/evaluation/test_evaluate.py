@@ -20,7 +20,7 @@ from moe_medical.config.schema import EvaluationSection, ModelSection
 from moe_medical.data.batches import Batch, collate
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
-from moe_medical.distributed import Topology
+from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator, deal
 from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
 

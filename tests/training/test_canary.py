@@ -12,7 +12,7 @@ import pytest
 import yaml
 from support.tiny import ROOT, write_tiny_run
 
-from moe_medical.distributed import naming_lost_peers
+from moe_medical.distributed.topology import naming_lost_peers
 from moe_medical.errors import PeerLostError
 
 CANARY = "Zyxwv"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.tiny import ROOT
 
-from moe_medical.distributed import TrainableState
+from moe_medical.distributed.state import TrainableState
 from moe_medical.errors import DataError, StorageError
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
 

@@ -128,7 +128,7 @@ def _lines_of_table(output: str) -> list[str]:
 def _exit_codes(run: str) -> list[list]:
     """Exit code and message of runs in one folder: each line's override is tried in turn."""
     from moe_medical.config import load_config
-    from moe_medical.distributed import start_distributed, stop_distributed
+    from moe_medical.distributed.topology import start_distributed, stop_distributed
     from moe_medical.errors import MoeMedicalError
     from moe_medical.training.trainer import Trainer
 
