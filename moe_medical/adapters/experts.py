@@ -10,6 +10,9 @@ alone, which is small while H is small against D and F.
 The gradient is written out because autograd would keep too much for backward: a float mask and the dropped
 input of every adapter, and copies of A and B in the compute dtype. Kept here are only the layer's input
 (which its neighbours and the router share), a byte mask, the T x H hidden units and the parameters.
+
+Under expert parallelism the parameters are this rank's experts only; a `WeightExchange` brings the others
+just before they are used, in forward and again in backward, so that no rank keeps all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_medical.adapters.exchange import WeightExchange
 from moe_medical.adapters.routing import Routing
 
 
@@ -37,6 +41,7 @@ def add_low_rank(
     scaling: float,
     dropout: float = 0.0,
     gate_TE: Tensor | None = None,
+    exchange: WeightExchange | None = None,
 ) -> Tensor:
     """y + scaling * sum_i gate_i B_i A_i dropout(x), computed in the dtype of y.
 
@@ -48,11 +53,12 @@ def add_low_rank(
         scaling: alpha / rank.
         dropout: Probability that an input feature of a token is zeroed; the others grow by 1 / (1 - dropout).
         gate_TE: Weight of each expert, or None for a plain LoRA.
+        exchange: Brings the experts of the other ranks; lora_A and lora_B are then (e, ...), this rank's.
 
     Returns:
         (T, F), in the dtype of y.
     """
-    result: Tensor = _AddLowRank.apply(y_TF, x_TD, lora_A, lora_B, gate_TE, scaling, dropout)
+    result: Tensor = _AddLowRank.apply(y_TF, x_TD, lora_A, lora_B, gate_TE, exchange, scaling, dropout)
     return result
 
 
@@ -67,36 +73,40 @@ class _AddLowRank(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         gate_TE: Tensor | None,
+        exchange: WeightExchange | None,
         scaling: float,
         dropout: float,
     ) -> Tensor:
         keep_TD = torch.empty_like(x_TD, dtype=torch.uint8).bernoulli_(1 - dropout) if dropout > 0 else None
-        ctx.scale, ctx.dtype = scaling / (1 - dropout), y_TF.dtype
+        ctx.scale, ctx.dtype, ctx.exchange = scaling / (1 - dropout), y_TF.dtype, exchange
         with torch.autocast(y_TF.device.type, enabled=False):
-            hidden_TH = _dropped(x_TD, keep_TD, y_TF.dtype) @ _flat_A(lora_A, y_TF.dtype).t()
-            ctx.save_for_backward(x_TD, lora_A, lora_B, gate_TE, keep_TD, hidden_TH)
+            all_A, all_B = exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B)
+            hidden_TH = _dropped(x_TD, keep_TD, y_TF.dtype) @ _flat_A(all_A, y_TF.dtype).t()
+            kept = (all_A, all_B) if exchange and exchange.keep else ()
+            ctx.save_for_backward(x_TD, lora_A, lora_B, gate_TE, keep_TD, hidden_TH, *kept)
             gated_TH = _gated(hidden_TH, gate_TE, ctx.scale)
-            return y_TF.addmm(gated_TH, _flat_B(lora_B, y_TF.dtype).t())
+            return y_TF.addmm(gated_TH, _flat_B(all_B, y_TF.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, lora_A, lora_B, gate_TE, keep_TD, hidden_TH = ctx.saved_tensors
+        x_TD, lora_A, lora_B, gate_TE, keep_TD, hidden_TH, *kept = ctx.saved_tensors
         grad_x = grad_gate = None
         with torch.autocast(grad_TF.device.type, enabled=False):
-            flat_A, flat_B = _flat_A(lora_A, ctx.dtype), _flat_B(lora_B, ctx.dtype)
-            grad_B = grad_TF.t() @ _gated(hidden_TH, gate_TE, ctx.scale)
-            grad_gated_TH = grad_TF @ flat_B
-            if gate_TE is not None:
-                per_unit = (grad_gated_TH * hidden_TH).view(*gate_TE.shape, -1)
-                grad_gate = per_unit.sum(-1, dtype=gate_TE.dtype) * ctx.scale
+            all_A, all_B = kept or (ctx.exchange.gather(lora_A, lora_B) if ctx.exchange else (lora_A, lora_B))
+            grad_gated_TH = grad_TF @ _flat_B(all_B, ctx.dtype)
             grad_hidden_TH = _gated(grad_gated_TH, gate_TE, ctx.scale)
             grad_A = grad_hidden_TH.t() @ _dropped(x_TD, keep_TD, ctx.dtype)
+            grad_B = _stacked_B(grad_TF.t() @ _gated(hidden_TH, gate_TE, ctx.scale), all_B)
+            grad_A, grad_B = grad_A.view(all_A.shape).to(lora_A.dtype), grad_B.to(lora_B.dtype)
+            summed = ctx.exchange.reduce(grad_A, grad_B) if ctx.exchange else None
+            if gate_TE is not None:
+                per_unit = (grad_gated_TH * hidden_TH).unflatten(-1, (gate_TE.shape[1], -1))
+                grad_gate = per_unit.sum(-1, dtype=gate_TE.dtype) * ctx.scale
             if ctx.needs_input_grad[1]:
-                grad_x = _dropped(grad_hidden_TH @ flat_A, keep_TD, x_TD.dtype)
-        grad_A = grad_A.view(lora_A.shape).to(lora_A.dtype)
-        grad_B = _stacked_B(grad_B, lora_B).to(lora_B.dtype)
-        return grad_TF, grad_x, grad_A, grad_B, grad_gate, None, None
+                grad_x = _dropped(grad_hidden_TH @ _flat_A(all_A, ctx.dtype), keep_TD, x_TD.dtype)
+        grad_A, grad_B = summed.wait() if summed else (grad_A, grad_B)
+        return grad_TF, grad_x, grad_A, grad_B, grad_gate, None, None, None
 
 
 def _dropped(x_TD: Tensor, keep_TD: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -110,7 +120,7 @@ def _gated(hidden_TH: Tensor, gate_TE: Tensor | None, scale: float) -> Tensor:
     if gate_TE is None:
         return hidden_TH * scale
     weight_TE1 = (gate_TE * scale).to(hidden_TH.dtype).unsqueeze(-1)
-    return (hidden_TH.view(*gate_TE.shape, -1) * weight_TE1).view(hidden_TH.shape)
+    return (hidden_TH.unflatten(-1, (gate_TE.shape[1], -1)) * weight_TE1).view(hidden_TH.shape)
 
 
 def _flat_A(lora_A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ Decisions:
 - B starts at zero, so step 0 equals the base model bit for bit; A and the router start from a generator
   seeded by (seed, module name), so every rank and every layout starts from the same numbers.
 - Dropout hits the adapter's input in training; the router sees the input itself.
+- Expert parallelism is a way to exchange tokens or weights, not another layer: the class holds its shard of
+  the experts, and `distributed/` gives it an exchange. Without one it holds all experts.
 - `forward` returns a tensor; routings leave through the `RoutingContext`.
 """
 
@@ -14,14 +16,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
 from moe_medical.adapters.experts import add_low_rank, dense_gate
-from moe_medical.adapters.routing import RoutingContext, TokenRouter
+from moe_medical.adapters.losses import router_loss_tap
+from moe_medical.adapters.routing import Routing, RoutingContext, TokenRouter
 from moe_medical.config.presets import MoloraConfig
 
 
@@ -47,6 +50,9 @@ class AdaptedLinear(nn.Module):
         TypeError: `base` is no linear layer.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, base: nn.Module, config: MoloraConfig, name: str, seed: int):
         super().__init__()
         sizes = linear_sizes(base)
@@ -63,23 +69,30 @@ class AdaptedLinear(nn.Module):
         raise NotImplementedError
 
     def _add(
-        self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate_TE: Tensor | None = None
+        self,
+        y_TF: Tensor,
+        x_TD: Tensor,
+        gate_TE: Tensor | None = None,
+        exchange: WeightExchange | None = None,
     ) -> Tensor:
-        """The base layer's output y (..., F) plus the low-rank delta of x (..., D)."""
-        y_TF, x_TD = y.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
+        """The base layer's output y plus the low-rank delta of x."""
         dropout = self.dropout if self.training else 0.0
-        return add_low_rank(y_TF, x_TD, lora_A, lora_B, self.scaling, dropout, gate_TE).view(y.shape)
+        return add_low_rank(y_TF, x_TD, self.lora_A, self.lora_B, self.scaling, dropout, gate_TE, exchange)
+
+    def _flat(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
 
     def _zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self._device))
 
-    def _initialise(self, *parameters: nn.Parameter) -> None:
+    def _new_generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._generator_seed)
+
+    def _uniform(self, generator: torch.Generator, *shape: int) -> Tensor:
         """U(-1/sqrt(D), 1/sqrt(D)): kaiming-uniform (a = sqrt(5)) of A, and torch's linear default."""
-        generator = torch.Generator().manual_seed(self._generator_seed)
         bound = 1 / math.sqrt(self.in_features)
-        for parameter in parameters:
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.data.copy_(values.uniform_(-bound, bound, generator=generator))
+        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        return values.to(self._device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling:g}"
@@ -94,9 +107,8 @@ class LoraLinear(AdaptedLinear):
 
     def __init__(self, base: nn.Module, config: MoloraConfig, name: str, seed: int):
         super().__init__(base, config, name, seed)
-        self.lora_A = self._zeros(config.rank, self.in_features)
+        self.lora_A = nn.Parameter(self._uniform(self._new_generator(), config.rank, self.in_features))
         self.lora_B = self._zeros(self.out_features, config.rank)
-        self._initialise(self.lora_A)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
@@ -104,15 +116,17 @@ class LoraLinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., F)."""
         y: Tensor = self.base(x)
-        return self._add(y, x, self.lora_A, self.lora_B)
+        x_TD, y_TF = self._flat(x, y)
+        return self._add(y_TF, x_TD).view(y.shape)
 
 
 class MoloraLinear(AdaptedLinear):
-    """y = base(x) + alpha / rank * sum_{i in S} g_i B_i A_i x (MING-MOE); A (E, rank, D), B (E, F, rank).
+    """y = base(x) + alpha / rank * sum_{i in S} g_i B_i A_i x (MING-MOE); A (e, rank, D), B (e, F, rank).
 
     Args:
         base, config, name, seed: See `AdaptedLinear`.
         context: Shared by all layers of the model; the routing is recorded in it under `name`.
+        shard: Which experts this rank holds. Unless it is all of them, one exchange must be set.
     """
 
     def __init__(
@@ -122,31 +136,46 @@ class MoloraLinear(AdaptedLinear):
         name: str,
         seed: int,
         context: RoutingContext | None = None,
+        shard: ExpertShard | None = None,
     ):
         super().__init__(base, config, name, seed)
-        experts, rank = config.num_experts, config.rank
-        self.lora_A = self._zeros(experts, rank, self.in_features)
-        self.lora_B = self._zeros(experts, self.out_features, rank)
-        self.router = TokenRouter(self.in_features, experts, config.top_k).to(self._device)
-        self._initialise(self.lora_A, self.router.weight, self.router.bias)
+        own, generator = (shard or ExpertShard()).slice(config.num_experts), self._new_generator()
+        all_A = self._uniform(generator, config.num_experts, config.rank, self.in_features)
+        self.lora_A = nn.Parameter(all_A[own].clone())  # cut from the whole: the same on whatever rank
+        self.lora_B = self._zeros(own.stop - own.start, self.out_features, config.rank)
+        self.router = TokenRouter(self.in_features, config.num_experts, config.top_k).to(self._device)
+        for parameter in (self.router.weight, self.router.bias):
+            parameter.data.copy_(self._uniform(generator, *parameter.shape))
+        self.num_experts = config.num_experts
         self.context = context or RoutingContext()
-        self.gather: Callable[[Tensor], Tensor] | None = None
-        """Under expert parallelism: this rank's (e, ...) experts -> all (E, ...), differentiable."""
+        self.weight_exchange: WeightExchange | None = None
+        self.token_exchange: TokenExchange | None = None
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         router = {f"router.{name}": parameter for name, parameter in self.router.named_parameters()}
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B, **router}
+        return {**self.expert_parameters(), **router}
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Those whose first dimension counts this rank's experts."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., F)."""
         y: Tensor = self.base(x)
-        routing = self.router(x.reshape(-1, self.in_features))
+        x_TD, y_TF = self._flat(x, y)
+        if self.token_exchange is None:
+            gate_TE = dense_gate(self.route(x_TD))
+            return self._add(y_TF, x_TD, gate_TE, self.weight_exchange).view(y.shape)
+        received = self.token_exchange.dispatch(self.name, x)
+        nothing_RF = y.new_zeros(()).expand(len(received.x_RD), self.out_features)
+        delta_RF = self._add(nothing_RF, received.x_RD, received.gate_Re)
+        return received.combine(y_TF, delta_RF).view(y.shape)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """Choose each token's experts, and record it."""
+        routing: Routing = self.router(x_TD, router_loss_tap(self.context, self.name))
         self.context.record(self.name, routing)
-        lora_A: Tensor = self.lora_A
-        lora_B: Tensor = self.lora_B
-        if self.gather is not None:  # cast first: the exchange then moves the fewest bytes
-            lora_A, lora_B = self.gather(lora_A.to(y.dtype)), self.gather(lora_B.to(y.dtype))
-        return self._add(y, x, lora_A, lora_B, dense_gate(routing))
+        return routing
 
 
 def _seed_of(seed: int, name: str) -> int:

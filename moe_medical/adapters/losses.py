@@ -1,4 +1,4 @@
-"""Auxiliary losses of the routers, from the routings of one micro-batch.
+"""Auxiliary losses of the routers: their values from plain sums, their gradients entered in backward.
 
     balance = E * sum_i f_i P_i        f_i = tokens that chose i / tokens, sums to K
                                        P_i = mean over tokens of the full softmax probability
@@ -6,20 +6,27 @@
 
 Both are averaged over layers, and padding counts in neither. Uniform routing gives balance = K, not 1,
 because f sums to K (MING-MOE's definition; Switch Transformer's, arXiv 2101.03961, is the case K = 1).
-f has no gradient: the balance loss trains the router through P. Everything derives from `RoutingSums`,
-plain sums that may be added over micro-batches and ranks; the losses themselves do not communicate.
+f has no gradient: the balance loss trains the router through P.
+
+The statistics are the global batch's, which no layer knows in its forward pass. So the losses are not added
+to the model's loss: `router_loss_tap` lets logits pass and adds, when backward comes by, the gradient
+
+    d/dz_tj = balance_weight * p_tj (f_j - sum_i f_i p_ti) + z_weight * 2 logsumexp(z_t) p_tj
+
+with the f that has been summed over ranks meanwhile. It holds under both kinds of activation checkpointing,
+where a loss collected on the side would get no gradient (reentrant) or count tokens twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from moe_medical.adapters.routing import Routing
-from moe_medical.errors import ConfigError, Problem
+from moe_medical.adapters.routing import RouterGradient, Routing, RoutingContext
 
 
 class RoutingSums(NamedTuple):
@@ -67,35 +74,55 @@ def routing_sums(routings: Iterable[Routing], token_mask_T: Tensor) -> RoutingSu
     )
 
 
-def balance_loss(routings: Iterable[Routing], token_mask_T: Tensor) -> Tensor:
-    """E * sum_i f_i P_i averaged over layers; a differentiable scalar, 0 without routed layers.
+def router_gradients(
+    fraction_LE: Tensor, layer_names: Iterable[str], balance_weight: float, z_weight: float
+) -> dict[str, RouterGradient]:
+    """What each layer's backward needs for the losses of the whole global batch.
 
-    Raises:
-        ConfigError: Gradients are on, but the routings carry none (reentrant activation checkpointing).
+    Args:
+        fraction_LE: f, tokens of the global batch that chose each expert over its tokens.
+        layer_names: L names, in the order of the rows of f.
+        balance_weight: Coefficient / tokens of the global batch, times what the engine divides gradients by.
+        z_weight: The same of the z-loss.
     """
-    layers = _trainable(routings)
-    return routing_sums(layers, token_mask_T).balance() if layers else _zero(token_mask_T)
+    layers, experts = fraction_LE.shape
+    weights = (balance_weight * experts / layers, z_weight / layers)
+    return {n: RouterGradient(f_E, *weights) for n, f_E in zip(layer_names, fraction_LE, strict=True)}
 
 
-def z_loss(routings: Iterable[Routing], token_mask_T: Tensor) -> Tensor:
-    """Mean of logsumexp(logits)^2 over tokens and layers; a differentiable scalar, 0 without routed layers.
+def router_loss_tap(context: RoutingContext, layer_name: str) -> Callable[[Tensor], Tensor] | None:
+    """Identity on the logits of a layer that adds the gradient of the router losses in backward.
 
-    Raises:
-        ConfigError: As `balance_loss`.
+    Returns:
+        None where no batch is bound, so that there is nothing to add.
     """
-    layers = _trainable(routings)
-    return routing_sums(layers, token_mask_T).z() if layers else _zero(token_mask_T)
+    if context.token_mask_BS is None:
+        return None
+    mask_T = context.token_mask_T
+    return lambda logits_TE: _Tap.apply(logits_TE, mask_T, context, layer_name)
 
 
-def _zero(token_mask_T: Tensor) -> Tensor:
-    return torch.zeros((), device=token_mask_T.device)
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, mask_T: Tensor, context: RoutingContext, layer_name: str
+    ) -> Tensor:
+        ctx.save_for_backward(logits_TE, mask_T)
+        ctx.context, ctx.layer_name = context, layer_name
+        return logits_TE.view_as(logits_TE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        of_losses = ctx.context.router_gradients.get(ctx.layer_name)
+        if of_losses is not None:
+            logits_TE, mask_T = ctx.saved_tensors
+            grad_TE = grad_TE + _loss_gradient(logits_TE, of_losses) * mask_T.unsqueeze(-1)
+        return grad_TE, None, None, None
 
 
-def _trainable(routings: Iterable[Routing]) -> list[Routing]:
-    """The routings, refused when their loss would silently train nothing."""
-    layers = list(routings)
-    if torch.is_grad_enabled() and not all(routing.logits_TE.requires_grad for routing in layers):
-        rule = "needs router gradients, which reentrant activation checkpointing drops"
-        fix = "Use use_reentrant=False, or set balance_coefficient and z_coefficient to 0."
-        raise ConfigError("router losses", [Problem("adapters.balance_coefficient", rule, None, fix)])
-    return layers
+def _loss_gradient(logits_TE: Tensor, losses: RouterGradient) -> Tensor:
+    probs_TE, f_E = logits_TE.softmax(-1), losses.fraction_E
+    balance_TE = f_E - (probs_TE @ f_E).unsqueeze(-1)
+    z_T1 = 2 * logits_TE.logsumexp(-1, keepdim=True)
+    return probs_TE * (losses.balance_weight * balance_TE + losses.z_weight * z_T1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear, linear_sizes
 from moe_medical.adapters.placement import match_modules
 from moe_medical.adapters.routing import RoutingContext
@@ -31,11 +32,19 @@ class AdapterSummary:
     num_router_parameters: int
 
 
-def attach_adapters(model: nn.Module, config: MoloraConfig, seed: int) -> RoutingContext:
+def attach_adapters(
+    model: nn.Module, config: MoloraConfig, seed: int, shard: ExpertShard | None = None
+) -> RoutingContext:
     """Freeze the model and wrap the linear layers that the config's patterns name.
 
     With reentrant activation checkpointing also call `model.enable_input_require_grads()`: torch gives a
     checkpointed block no gradient when none of its inputs needs one, as is so behind frozen embeddings.
+
+    Args:
+        model: Base model.
+        config: Adapter settings.
+        seed: The run's seed.
+        shard: Which experts of each routed layer this rank holds; None for all.
 
     Returns:
         The context shared by all routed layers.
@@ -52,7 +61,7 @@ def attach_adapters(model: nn.Module, config: MoloraConfig, seed: int) -> Routin
     for name, kind in placement.items():
         base = model.get_submodule(name)
         if kind == "molora":
-            adapted: AdaptedLinear = MoloraLinear(base, config, name, seed, context)
+            adapted: AdaptedLinear = MoloraLinear(base, config, name, seed, context, shard)
         else:
             adapted = LoraLinear(base, config, name, seed)
         parent, _, child = name.rpartition(".")
@@ -75,6 +84,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for prefix, layer in _adapted(model)
         for name, parameter in layer.adapter_parameters().items()
     }
+
+
+def routed_layers(model: nn.Module) -> dict[str, MoloraLinear]:
+    """Full name -> layer with routed experts, in the order of the model's modules."""
+    return {name: layer for name, layer in _adapted(model) if isinstance(layer, MoloraLinear)}
 
 
 def check_trainable(model: nn.Module) -> None:

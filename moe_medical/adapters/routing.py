@@ -8,7 +8,7 @@ No noise, no capacity limit, no token is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +30,15 @@ class Routing(NamedTuple):
     """Softmax of the logits over all experts; the balance loss needs it."""
 
 
+class RouterGradient(NamedTuple):
+    """What a layer's backward needs to know for the router losses of the whole global batch."""
+
+    fraction_E: Tensor
+    """Share of the global batch's tokens that chose each expert; sums to K."""
+    balance_weight: float
+    z_weight: float
+
+
 class TokenRouter(nn.Module):
     """Linear router: z = W x + b, S = top-k(z), g_i = exp(z_i) / sum_{j in S} exp(z_j).
 
@@ -47,9 +56,15 @@ class TokenRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_experts, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Route each token; all four tensors of the result are float32 or int64."""
+    def forward(self, x_TD: Tensor, tap: Callable[[Tensor], Tensor] | None = None) -> Routing:
+        """Route each token; all four tensors of the result are float32 or int64.
+
+        Args:
+            x_TD: Inputs, any float dtype.
+            tap: Applied to the logits before the choice; the router losses enter backward through it.
+        """
         logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)
+        logits_TE = logits_TE if tap is None else tap(logits_TE)
         top_logits_TK, expert_ids_TK = logits_TE.topk(self.top_k, dim=-1)
         return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
 
@@ -87,14 +102,19 @@ class RoutingContext:
         self.token_mask_BS: Tensor | None = None
         self.task_ids_BS: Tensor | None = None
         self.routings: dict[str, Routing] = {}
+        self.router_gradients: dict[str, RouterGradient] = {}
+        self.pass_name = ""
 
     @contextmanager
-    def bind(self, token_mask_BS: Tensor, task_ids_BS: Tensor | None = None) -> Iterator[RoutingContext]:
+    def bind(
+        self, token_mask_BS: Tensor, task_ids_BS: Tensor | None = None, pass_name: str = "train"
+    ) -> Iterator[RoutingContext]:
         """Bind one micro-batch; must span forward **and** backward, which may run forward again.
 
         Args:
             token_mask_BS: True where the token is real, False where it is padding.
             task_ids_BS: Task of each token.
+            pass_name: Passes of one name run the layers in one order, which the weight exchange learns.
 
         Raises:
             RuntimeError: A batch is bound already.
@@ -102,11 +122,12 @@ class RoutingContext:
         if self.token_mask_BS is not None:
             raise RuntimeError("a batch is bound already: one context serves one batch at a time")
         self.token_mask_BS, self.task_ids_BS = token_mask_BS, task_ids_BS
+        self.pass_name = pass_name
         try:
             yield self
         finally:
             self.token_mask_BS = self.task_ids_BS = None
-            self.routings = {}
+            self.routings, self.router_gradients, self.pass_name = {}, {}, ""
 
     @property
     def token_mask_T(self) -> Tensor:

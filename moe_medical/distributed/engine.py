@@ -3,6 +3,9 @@
 The run file owns batch, learning rate, clipping and steps; the JSON owns ZeRO stage, offload and
 buckets. The optimizer is torch's AdamW at every stage, so that its state has one form.
 Only adapters and routers are handed to the optimizer; the base has no gradients.
+
+Every rank's loss is its share of the *global* loss, so gradients must be summed over ranks and micro-batches;
+DeepSpeed averages them, experts too (over all ranks, although only their replicas are added up).
 """
 
 from __future__ import annotations
@@ -11,10 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from moe_medical.adapters.model import adapter_parameters, routed_layers
 from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
+from moe_medical.distributed.expert_group import ExpertGroup
 from moe_medical.distributed.topology import Topology
 
 
@@ -23,17 +29,25 @@ class Engine:
 
     Attributes:
         named: trainable parameters by name, in a stable order.
+        experts: names of those of which this rank holds its experts only.
+        group: ranks that share the experts; None where each has them all.
         accumulation: micro-batches of this rank per step.
     """
 
     def __init__(
-        self, deepspeed_engine: Any, named: Mapping[str, nn.Parameter], topology: Topology, clip_norm: float
+        self,
+        deepspeed_engine: Any,
+        model: nn.Module,
+        topology: Topology,
+        group: ExpertGroup | None,
+        clip: float,
     ) -> None:
         self.deepspeed = deepspeed_engine
-        self.named = dict(named)
-        self.topology = topology
+        self.named = adapter_parameters(model)
+        self.experts = expert_names(model) if group else frozenset()
+        self.topology, self.group = topology, group
         self.stage = int(deepspeed_engine.zero_optimization_stage())
-        self._clip_norm = clip_norm
+        self._clip_norm = clip
         self.accumulation = int(deepspeed_engine.gradient_accumulation_steps())
 
     @property
@@ -43,8 +57,18 @@ class Engine:
 
     @property
     def needs_equal_forwards(self) -> bool:
-        """Whether every rank must run the same number of forward passes (ZeRO-3 gathers in each)."""
-        return self.stage == 3 and self.topology.world_size > 1
+        """Whether every rank must run the same number of forward passes, since each is collective."""
+        return (self.stage == 3 or self.group is not None) and self.topology.world_size > 1
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a gradient that enters behind the loss must be multiplied by; see `backward`."""
+        return float(self.topology.world_size)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place. Collective: every rank must call."""
+        dist.all_reduce(values)
+        return values
 
     def __call__(self, **inputs: Any) -> Any:
         return self.deepspeed(**inputs)
@@ -52,8 +76,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of this rank's share of the *global* loss.
 
-        DeepSpeed averages over ranks and accumulation steps; scaling by both first makes the summed
-        shares of all ranks and micro-batches the loss whose gradient is taken.
+        DeepSpeed divides the loss by the accumulation steps and the gradients by the ranks; scaling by
+        both first makes the gradient that of the summed shares of all ranks and micro-batches.
         """
         self.deepspeed.backward(loss * (self.topology.world_size * self.accumulation))
         if not self.deepspeed.is_gradient_accumulation_boundary():
@@ -69,21 +93,62 @@ class Engine:
 
     def _clip_unsharded(self) -> float:
         # NOTE(deepspeed): ZeRO-0 does not tell the norm, and averages it wrongly over sharded experts.
+        norm = self._unsharded_norm()
         limit = self._clip_norm or float("inf")
-        return float(nn.utils.clip_grad_norm_(list(self.named.values()), limit))
+        nn.utils.clip_grads_with_norm_(list(self.named.values()), limit, norm)
+        return float(norm)
+
+    def _unsharded_norm(self) -> torch.Tensor:
+        """Norm over the shared parameters and the experts of all peers."""
+        grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        norms = [nn.utils.get_total_norm([g for name, g in grads.items() if name not in self.experts])]
+        if self.group is not None:
+            own = nn.utils.get_total_norm([g for name, g in grads.items() if name in self.experts])
+            norms.append(self.group.sum(own.square()).sqrt())
+        return torch.stack(norms).norm()
+
+
+def expert_names(model: nn.Module) -> frozenset[str]:
+    """Parameters that expert parallelism spreads, found by type."""
+    layers = routed_layers(model).items()
+    return frozenset(f"{prefix}.{name}" for prefix, layer in layers for name in layer.expert_parameters())
 
 
 def build_engine(
-    model: nn.Module, named: Mapping[str, nn.Parameter], config: RunConfig, topology: Topology
+    model: nn.Module, config: RunConfig, topology: Topology, group: ExpertGroup | None = None
 ) -> Engine:
-    """Hand the model and its trainable parameters to DeepSpeed. Collective: every rank must call."""
+    """Hand the model and its trainable parameters to DeepSpeed. Collective: every rank must call.
+
+    Args:
+        model: With adapters attached, sharded and connected if there is a `group`.
+        config: The run.
+        topology: This process among all.
+        group: This process among those that share its experts.
+    """
     import deepspeed
 
     settings = deepspeed_settings(config, topology.world_size)
     model.to(topology.device)
-    optimizer = _adamw(list(named.values()), config.training, settings, topology.device)
+    if group is not None:
+        named = adapter_parameters(model)
+        experts = [named[n] for n in sorted(expert_names(model))]
+        group.mark(
+            model, experts, next(iter(routed_layers(model).values())).num_experts, zero_stage(settings)
+        )
+    optimizer = _adamw(_parameter_groups(model, group), config.training, settings, topology.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return Engine(engine, named, topology, config.training.clip_norm)
+    return Engine(engine, model, topology, group, config.training.clip_norm)
+
+
+def _parameter_groups(model: nn.Module, group: ExpertGroup | None) -> list[dict[str, Any]]:
+    """One group, or shared parameters and experts apart, with the keys that DeepSpeed looks for."""
+    named = adapter_parameters(model)
+    experts = expert_names(model) if group else frozenset()
+    groups: list[dict[str, Any]] = [{"params": [p for n, p in named.items() if n not in experts]}]
+    if group is not None:
+        own = [p for n, p in named.items() if n in experts]
+        groups.append({"params": own, "moe": True, "name": group.name})
+    return [g for g in groups if g["params"]]
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -101,14 +166,14 @@ def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _adamw(
-    parameters: list[nn.Parameter],
+    groups: list[dict[str, Any]],
     training: TrainingSection,
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> torch.optim.Optimizer:
     offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=training.learning_rate,
         betas=(training.betas[0], training.betas[1]),
         eps=training.epsilon,

@@ -1,4 +1,4 @@
-"""The trainable state out of and into a DeepSpeed engine, in a form that names no ZeRO stage or world size.
+"""The trainable state out of and into a DeepSpeed engine, whole whatever stage, world and ep_size.
 
 Facts of DeepSpeed 0.19.8 that this relies on are kept as tests in tests/distributed/test_state.py.
 """
@@ -34,18 +34,28 @@ class TrainableState:
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Whole shape of every trainable tensor, which ZeRO-3 keeps beside its empty stand-in."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.named.items()}
+    return {name: _whole_shape(engine, name) for name in engine.named}
+
+
+def _whole_shape(engine: Engine, name: str) -> tuple[int, ...]:
+    parameter = engine.named[name]
+    first, *rest = getattr(parameter, "ds_shape", parameter.shape)
+    peers = engine.group.size if engine.group and name in engine.experts else 1
+    return first * peers, *rest
 
 
 def gather_parameters(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole fp32 trainable tensors by name. Collective: every rank must call."""
-    return {name: _master(engine, p) for name, p in engine.named.items()}
+    return {name: _whole(engine, name, _master(engine, p)) for name, p in engine.named.items()}
 
 
 def gather_state(engine: Engine, step: int) -> TrainableState:
     """Parameters and moments after `step` optimizer steps. Collective: every rank must call."""
     _ensure_moments(engine)
-    moments = {key: {n: _moment(engine, p, key) for n, p in engine.named.items()} for key in MOMENTS}
+    moments = {
+        key: {n: _whole(engine, n, _moment(engine, p, key)) for n, p in engine.named.items()}
+        for key in MOMENTS
+    }
     return TrainableState(gather_parameters(engine), moments, step)
 
 
@@ -54,29 +64,42 @@ def load_state(engine: Engine, state: TrainableState) -> None:
     """Put a whole state into the engine's own layout, as if it had made those steps itself."""
     _ensure_moments(engine)
     for name, parameter in engine.named.items():
-        _set_master(engine, parameter, state.parameters[name])
+        _set_master(engine, parameter, _own(engine, name, state.parameters[name]))
         for key in MOMENTS:
-            _set_moment(engine, parameter, key, state.moments[key][name])
+            _set_moment(engine, parameter, key, _own(engine, name, state.moments[key][name]))
     _refresh_forward_copies(engine)
     _set_step(engine, state.step)
+
+
+def _whole(engine: Engine, name: str, own: torch.Tensor) -> torch.Tensor:
+    """A tensor of this rank with the experts of its peers, on the CPU in float32."""
+    if engine.group is not None and name in engine.experts:
+        own = engine.group.whole(own)
+    return own.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _own(engine: Engine, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """Undo `_whole`."""
+    sharded = engine.group is not None and name in engine.experts
+    return engine.group.own(whole).contiguous() if engine.group and sharded else whole
 
 
 def _master(engine: Engine, parameter: nn.Parameter) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
     # NOTE(deepspeed): ZeRO-0 in fp32 keeps no separate master copy.
-    value = parameter if engine.stage == 0 else safe_get_full_fp32_param(parameter)
-    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    value: torch.Tensor = parameter if engine.stage == 0 else safe_get_full_fp32_param(parameter)
+    return value.detach()
 
 
 def _moment(engine: Engine, parameter: nn.Parameter, key: str) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if engine.stage == 0:
-        value = _torch_optimizer(engine).state[parameter][key]
+        value: torch.Tensor = _torch_optimizer(engine).state[parameter][key]
     else:
         value = safe_get_full_optimizer_state(parameter, key)
-    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return value.detach()
 
 
 def _set_master(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:

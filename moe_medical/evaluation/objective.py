@@ -47,17 +47,23 @@ def token_losses(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Te
         float32 losses and int64 task ids, both of shape (number of target tokens,).
     """
     columns = batch.num_target_columns
-    logits = forward(
-        input_ids=batch.input_ids_BS,
-        attention_mask=batch.token_mask_BS,
-        position_ids=batch.position_ids_BS,
-        use_cache=False,
-        logits_to_keep=columns + 1,
-    ).logits[:, :-1]
+    logits = run_model(forward, batch, logits_to_keep=columns + 1)[:, :-1]
     labels = batch.labels_BS[:, -columns:]
     supervised = labels != IGNORE
     losses = F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
     return losses, batch.task_ids_BS[:, -columns:][supervised]
+
+
+def run_model(forward: Forward, batch: Batch, logits_to_keep: int) -> torch.Tensor:
+    """Logits of the last columns, shape (B, logits_to_keep, vocabulary)."""
+    logits: torch.Tensor = forward(
+        input_ids=batch.input_ids_BS,
+        attention_mask=batch.token_mask_BS,
+        position_ids=batch.position_ids_BS,
+        use_cache=False,
+        logits_to_keep=logits_to_keep,
+    ).logits
+    return logits
 
 
 def task_sums(losses: torch.Tensor, task_ids: torch.Tensor, batch: Batch, num_tasks: int) -> TaskSums:

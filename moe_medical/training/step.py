@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_medical.adapters.losses import balance_loss, z_loss
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
+from moe_medical.training.router_losses import RouterLosses
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: b
 def accumulate(
     engine: Engine,
     context: RoutingContext,
-    adapters: MoloraConfig,
+    router_losses: RouterLosses,
     batches: Sequence[Batch],
     counts: StepCounts,
 ) -> np.ndarray:
@@ -65,26 +64,15 @@ def accumulate(
         token_weights(counts.tokens_T, counts.rows_T), dtype=torch.float32, device=device
     )
     sums = np.zeros((3, num_tasks))
-    for cpu_batch in batches:
-        batch = cpu_batch.to(device)
+    on_device = [batch.to(device) for batch in batches]
+    router_losses.begin_step(on_device, counts.all_tokens)
+    for batch in on_device:
         with context.bind(batch.token_mask_BS, batch.task_ids_BS):
             losses, task_ids = token_losses(engine, batch)
-            loss = (losses * weights_T[task_ids]).sum()
-            share = batch.num_tokens / counts.all_tokens
-            engine.backward(loss + share * _router_losses(context, adapters))
+            router_losses.enter()
+            engine.backward((losses * weights_T[task_ids]).sum())
             sums += task_sums(losses, task_ids, batch, num_tasks).numpy()
     return sums
-
-
-def _router_losses(context: RoutingContext, adapters: MoloraConfig) -> torch.Tensor | float:
-    """Balance and z-loss of one micro-batch, weighted; statistics are the micro-batch's own."""
-    total: torch.Tensor | float = 0.0
-    routings = context.routings.values()
-    if adapters.balance_coefficient:
-        total = total + adapters.balance_coefficient * balance_loss(routings, context.token_mask_T)
-    if adapters.z_coefficient:
-        total = total + adapters.z_coefficient * z_loss(routings, context.token_mask_T)
-    return total
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -15,24 +15,23 @@ from typing import Any
 import numpy as np
 
 from moe_medical.adapters.interop import save_adapter
-from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model import BaseModel, locate_base
-from moe_medical.base_model.load import load_base
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.batches import TrainingBatches
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
-from moe_medical.distributed.engine import build_engine
 from moe_medical.distributed.state import gather_parameters, gather_state, load_state, parameter_shapes
 from moe_medical.distributed.topology import Topology
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
+from moe_medical.training.assembly import assemble
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
 from moe_medical.training.identity import identify
 from moe_medical.training.preflight import check_context
+from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
@@ -71,9 +70,11 @@ class Trainer:
         self.plan.counts(samples)  # fails now, not after hours, if the repeat caps cannot feed the run
         self.adapters = resolve_adapters(config.adapters)
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.plan)
-        model = load_base(self.base, config.model.dtype).train()
-        self.context = attach_adapters(model, self.adapters, config.run.seed)
-        self.engine = build_engine(model, adapter_parameters(model), config, topology)
+        self.engine, self.context = assemble(
+            config, self.base, self.adapters, topology, lambda members: "weights"
+        )
+        over = config.training.balance_over
+        self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over)
         self.batches = self._training_batches()
         synced = self.engine.needs_equal_forwards
         self.evaluator = Evaluator(self.tasks, self.chat, config.evaluation, topology, synced)
@@ -205,7 +206,11 @@ class Trainer:
                 "meter": self.meter.sums.tolist(),
                 "identity": self.identity.to_json(),
             }
-            layout = {"world_size": self.topology.world_size, "zero_stage": self.engine.stage, "ep_size": 1}
+            layout = {
+                "world_size": self.topology.world_size,
+                "zero_stage": self.engine.stage,
+                "ep_size": self.config.parallel.ep_size,
+            }
             self.checkpoints.save(Checkpoint(trainable, state), layout)
         self.topology.barrier()
 
@@ -238,7 +243,7 @@ class Trainer:
         counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
         if counts.stop:
             self._stop_at(step)
-        sums = accumulate(self.engine, self.context, self.adapters, batches, counts)
+        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts)
         rate = learning_rate(self.config.training, step)
         norm = self.engine.step(rate)
         self.tokens_seen += counts.all_tokens
@@ -265,6 +270,7 @@ class Trainer:
             "tokens_per_second": self.speed.tokens_per_second,
             "health/truncated_prompts": self.truncated,
         }
+        values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
         values |= self._mixture_values(done)
         self.sinks.log(values, done)
         self.meter.reset()

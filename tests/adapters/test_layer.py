@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
@@ -25,9 +26,14 @@ def config(**changes: object) -> MoloraConfig:
     return MoloraConfig(**{"num_experts": 4, "top_k": 2, "rank": 3, "alpha": 6.0, "dropout": 0.0, **changes})
 
 
-def molora(settings: MoloraConfig, base: nn.Module | None = None, name: str = "mlp") -> MoloraLinear:
+def molora(
+    settings: MoloraConfig,
+    base: nn.Module | None = None,
+    name: str = "mlp",
+    shard: ExpertShard | None = None,
+) -> MoloraLinear:
     torch.manual_seed(0)
-    return randomise_B(MoloraLinear(base or nn.Linear(D, F), settings, name, seed=1))
+    return randomise_B(MoloraLinear(base or nn.Linear(D, F), settings, name, seed=1, shard=shard))
 
 
 def randomise_B(layer: AdaptedLinear) -> AdaptedLinear:
@@ -259,24 +265,47 @@ def test_only_a_byte_mask_and_the_hidden_units_are_kept_for_backward():
     assert extra <= mask + hidden + router
 
 
-def test_expert_parallel_gather_gets_compute_dtype_and_passes_gradients():
-    layer, x = molora(config(), nn.Linear(D, F).bfloat16()), tokens(5, dtype=torch.bfloat16)
-    whole = layer(x)
-    layer.lora_A, layer.lora_B = (nn.Parameter(p.detach()[:2]) for p in (layer.lora_A, layer.lora_B))
-    rest = {2: molora(config()).lora_A[2:], F: molora(config()).lora_B[2:]}
-    seen = []
+class OnePeer:
+    """A weight exchange whose other rank is played by the test; counts its calls."""
 
-    def gather(shard: Tensor) -> Tensor:
-        seen.append(shard.dtype)
-        other = rest[F if shard.shape[1] == F else 2]
-        return torch.cat([shard, other.to(shard.dtype)])
+    def __init__(self, rest_A: Tensor, rest_B: Tensor, keep: bool):
+        self.keep, self.gathers, self.rest = keep, 0, (rest_A, rest_B)
 
-    layer.gather = gather
-    y = layer(x)
-    y.float().sum().backward()
-    assert seen == [torch.bfloat16, torch.bfloat16]
-    assert torch.equal(y, whole)
-    assert layer.lora_A.grad.shape == (2, 3, D)
+    def gather(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        self.gathers += 1
+        return torch.cat([lora_A, self.rest[0]]), torch.cat([lora_B, self.rest[1]])
+
+    def reduce(self, grad_A: Tensor, grad_B: Tensor) -> OnePeer:
+        self.grads = grad_A[:2], grad_B[:2]
+        return self
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        return self.grads
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_exchanged_weights_give_the_output_and_gradients_of_the_whole_layer(keep: bool):
+    whole, x = molora(config()), tokens(5)
+    whole(x).square().sum().backward()
+    part = molora(config())
+    exchange = OnePeer(part.lora_A.detach()[2:], part.lora_B.detach()[2:], keep)
+    part.lora_A, part.lora_B = (nn.Parameter(p.detach()[:2]) for p in (part.lora_A, part.lora_B))
+    part.weight_exchange = exchange
+    y = part(x)
+    assert torch.equal(y, whole(x))
+    y.square().sum().backward()
+    assert exchange.gathers == (1 if keep else 2)
+    for name, parameter in part.adapter_parameters().items():
+        own = slice(0, 2) if name.startswith("lora") else slice(None)
+        assert torch.equal(parameter.grad, whole.adapter_parameters()[name].grad[own])
+
+
+def test_a_shard_starts_from_what_its_experts_are_in_the_whole_layer():
+    whole = molora(config())
+    halves = [molora(config(), shard=ExpertShard(i, 2)) for i in range(2)]
+    assert torch.equal(torch.cat([half.lora_A for half in halves]), whole.lora_A)
+    assert torch.equal(halves[1].router.weight, whole.router.weight)
+    assert [len(half.lora_B) for half in halves] == [2, 2]
 
 
 def test_nothing_is_recorded_outside_a_bind():

@@ -2,16 +2,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_medical.adapters.losses import balance_loss, routing_sums, z_loss
-from moe_medical.adapters.routing import Routing
-from moe_medical.errors import ConfigError
+from moe_medical.adapters.losses import router_gradients, router_loss_tap, routing_sums
+from moe_medical.adapters.routing import Routing, RoutingContext, TokenRouter
 
 
 def route(logits_TE: Tensor, top_k: int) -> Routing:
     top_TK, ids_TK = logits_TE.topk(top_k, dim=-1)
     return Routing(top_TK.softmax(-1), ids_TK, logits_TE, logits_TE.softmax(-1))
+
+
+def balance_loss(routings: list[Routing], mask_T: Tensor) -> Tensor:
+    return routing_sums(routings, mask_T).balance()
+
+
+def z_loss(routings: list[Routing], mask_T: Tensor) -> Tensor:
+    return routing_sums(routings, mask_T).z()
 
 
 def real(num_tokens: int) -> Tensor:
@@ -81,15 +88,47 @@ def test_sums_of_micro_batches_add_up_to_the_whole_batch():
     torch.testing.assert_close(added.balance(), whole.balance())
 
 
-def test_no_tokens_and_no_layers_give_zero():
+def test_no_tokens_give_zero():
     logits = torch.randn(3, 4, requires_grad=True)
     assert balance_loss([route(logits, 2)], torch.zeros(3, dtype=torch.bool)) == 0
-    assert balance_loss([], real(3)) == z_loss([], real(3)) == 0
 
 
-def test_losses_without_gradient_are_refused_only_where_gradients_are_wanted():
-    routing = route(torch.randn(3, 4), 2)
-    with pytest.raises(ConfigError, match="use_reentrant=False"):
-        balance_loss([routing], real(3))
-    with torch.no_grad():
-        assert z_loss([routing], real(3)) > 0
+BALANCE, Z, SCALE = 0.7, 0.3, 4.0
+
+
+def test_tap_enters_the_gradient_of_the_losses_of_the_whole_batch():
+    """Two micro-batches with padding, each backward alone, against autograd over both at once."""
+    torch.manual_seed(3)
+    routers, x_T = [nn.Linear(5, 4), nn.Linear(5, 4)], torch.randn(2, 6, 5)
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    whole = [route(router(x_T.flatten(0, 1)), 2) for router in routers]
+    sums = routing_sums(whole, mask.flatten())
+    (BALANCE * sums.balance() + Z * sums.z()).backward()
+    wanted = [p.grad.clone() for router in routers for p in router.parameters()]
+    for router in routers:
+        router.zero_grad()
+    tokens = float(mask.sum())
+    fraction = sums.chosen_LE / tokens
+    gradients = router_gradients(fraction, ["a", "b"], SCALE * BALANCE / tokens, SCALE * Z / tokens)
+    context = RoutingContext()
+    for x, real_T in zip(x_T, mask, strict=True):
+        with context.bind(real_T.unsqueeze(0)):
+            logits = [router_loss_tap(context, n)(r(x)) for n, r in zip("ab", routers, strict=True)]
+            assert torch.equal(logits[0], routers[0](x))
+            context.router_gradients = gradients
+            sum(0 * part.sum() for part in logits).backward()
+    got = [p.grad / SCALE for router in routers for p in router.parameters()]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_without_losses_or_outside_a_bind_gradients_pass_unchanged():
+    context, router = RoutingContext(), TokenRouter(5, 4, 2)
+    assert router_loss_tap(context, "layer") is None
+    x = torch.randn(3, 5)
+    with context.bind(torch.ones(1, 3, dtype=torch.bool)):
+        router(x, router_loss_tap(context, "layer")).weights_TK[:, 0].sum().backward()
+    tapped = router.weight.grad.clone()
+    router.weight.grad = None
+    router(x).weights_TK[:, 0].sum().backward()
+    assert torch.equal(tapped, router.weight.grad)

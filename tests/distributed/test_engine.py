@@ -49,7 +49,9 @@ def _train(config: RunConfig, topology: Topology) -> list[float]:
         seed_step(config.run.seed, step, topology.rank)
         batches = trainer.batches.step(step)
         counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
-        sums = topology.sum(accumulate(trainer.engine, trainer.context, trainer.adapters, batches, counts))
+        sums = topology.sum(
+            accumulate(trainer.engine, trainer.context, trainer.router_losses, batches, counts)
+        )
         norm = trainer.engine.step(learning_rate(config.training, step))
         present = sums[1] > 0
         loss = (sums[0][present] / sums[1][present] * sums[2][present]).sum() / sums[2].sum()

@@ -70,7 +70,7 @@ def _train(trainer: Trainer, first: int, last: int) -> None:
         seed_step(trainer.config.run.seed, step, trainer.topology.rank)
         batches = trainer.batches.step(step)
         counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
-        accumulate(trainer.engine, trainer.context, trainer.adapters, batches, counts)
+        accumulate(trainer.engine, trainer.context, trainer.router_losses, batches, counts)
         trainer.engine.step(learning_rate(trainer.config.training, step))
 
 

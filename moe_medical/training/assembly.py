@@ -1,0 +1,59 @@
+"""From a located base model to an engine: base, adapters, exchange, activation checkpointing, DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_medical.adapters.layer import MoloraLinear
+from moe_medical.adapters.model import attach_adapters
+from moe_medical.adapters.routing import RoutingContext
+from moe_medical.base_model import BaseModel
+from moe_medical.base_model.load import load_base
+from moe_medical.config import MoloraConfig, RunConfig
+from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.distributed.engine import Engine, build_engine
+from moe_medical.distributed.expert_group import join_expert_group
+from moe_medical.distributed.expert_parallel import connect_experts
+from moe_medical.distributed.topology import Topology
+
+_LOG = logging.getLogger(__name__)
+
+
+def assemble(
+    config: RunConfig,
+    base: BaseModel,
+    adapters: MoloraConfig,
+    topology: Topology,
+    choose_exchange: Callable[[Mapping[str, MoloraLinear]], str],
+) -> tuple[Engine, RoutingContext]:
+    """Load, adapt and distribute a model. Collective: every rank must call.
+
+    Args:
+        config: The run.
+        base: Its base model.
+        adapters: Its adapter settings.
+        topology: This process among all.
+        choose_exchange: Decides for layers that share an input where `parallel.exchange` is `auto`.
+    """
+    model = load_base(base, config.model.dtype).train()
+    group = join_expert_group(config.parallel.ep_size)
+    context = attach_adapters(model, adapters, config.run.seed, group.shard if group else None)
+    if group is not None:
+        stage = zero_stage(read_deepspeed(config.parallel.deepspeed))
+        dtype = getattr(torch, config.model.dtype)
+        used = connect_experts(model, context, group, config.parallel, dtype, stage, choose_exchange)
+        _LOG.info("experts spread over %d ranks; layers by exchange: %s", group.size, dict(used))
+    _checkpoint_activations(model, config.training.activation_checkpointing)
+    return build_engine(model, config, topology, group), context
+
+
+def _checkpoint_activations(model: PreTrainedModel, kind: str) -> None:
+    if kind == "none":
+        return
+    model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant":  # torch gives such a block no gradient unless an input needs one
+        model.enable_input_require_grads()
