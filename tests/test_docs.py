@@ -37,9 +37,9 @@ def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
     assert answer["answer"]
 
 
-def test_the_readme_shows_the_measured_quickstart() -> None:
+def test_pages_show_what_was_measured() -> None:
     check = subprocess.run(
-        [sys.executable, "benchmarks/render_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "benchmarks/render_pages.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert check.returncode == 0, check.stderr
 

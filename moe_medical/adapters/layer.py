@@ -159,6 +159,7 @@ class MoloraLinear(AdaptedLinear):
         """Those whose first dimension counts this rank's experts."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
+    @torch.compiler.disable  # routings leave and collectives run as side effects, which a trace would freeze
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., F)."""
         y: Tensor = self.base(x)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_medical.adapters.layer import MoloraLinear
 from moe_medical.adapters.model import attach_adapters
@@ -48,6 +49,8 @@ def assemble(
         used = connect_experts(model, context, group, config.parallel, dtype, stage, choose_exchange)
         _LOG.info("experts spread over %d ranks; layers by exchange: %s", group.size, dict(used))
     _checkpoint_activations(model, config.training.activation_checkpointing)
+    if config.training.compile:
+        _compile_blocks(model)
     return build_engine(model, config, topology, group), context
 
 
@@ -57,3 +60,10 @@ def _checkpoint_activations(model: PreTrainedModel, kind: str) -> None:
     model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
     if kind == "reentrant":  # torch gives such a block no gradient unless an input needs one
         model.enable_input_require_grads()
+
+
+def _compile_blocks(model: PreTrainedModel) -> None:
+    """Compile each transformer block in place; blocks of one shape share the compiled code."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)  # rows differ in length
