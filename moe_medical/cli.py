@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     ranked = options.verb is _train  # elsewhere a launcher's variables mean nothing
     setup_logging(is_main=not ranked or os.environ.get("RANK", "0") == "0")
     try:
@@ -39,13 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MoeMedicalError.exit_code
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse does not see overrides that stand behind an option.
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moe-medical", description="Train medical LLMs as mixtures of low-rank experts.")
     parser.add_argument("--version", action="version", version=__version__)
     # The deepspeed launcher puts it before the verb.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    _add_run_verb(verbs, "plan", _plan, "print what a run will do: mixture, adapted layers, memory")
+    plan = _add_run_verb(verbs, "plan", _plan, "print what a run will do: mixture, adapted layers, layouts")
+    _add_plan_options(plan)
     _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
     _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
     generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
@@ -68,6 +80,13 @@ def _add_run_verb(verbs, name: str, verb, description: str) -> argparse.Argument
     return parser
 
 
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=_positive, default=1, help="machines to plan for")
+    parser.add_argument("--gpus", type=_positive, help="ranks of each; parallel.ranks where not given")
+    parser.add_argument("--gpu-memory", type=_positive, default=80, metavar="GIB", help="of each rank")
+    parser.add_argument("--shape", help="plan for this model: a name such as llama-70b, or a config.json")
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with the contract's exit code for a wrong command line."""
 
@@ -88,10 +107,12 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from moe_medical.training.layout_plan import Machines
     from moe_medical.training.plan import make_plan, show_plan
 
     config = _config(options)
-    show_plan(make_plan(config), config)
+    machines = Machines(options.nodes, options.gpus or config.parallel.ranks, options.gpu_memory)
+    show_plan(make_plan(config, machines, options.shape))
     return 0
 
 

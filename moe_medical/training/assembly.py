@@ -13,12 +13,12 @@ from moe_medical.adapters.layer import MoloraLinear
 from moe_medical.adapters.model import attach_adapters
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel
-from moe_medical.base_model.load import load_base
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group
 from moe_medical.distributed.expert_parallel import connect_experts
+from moe_medical.distributed.sharded_base import load_base_for_engine
 from moe_medical.distributed.topology import Topology
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def assemble(
         topology: This process among all.
         choose_exchange: Decides for layers that share an input where `parallel.exchange` is `auto`.
     """
-    model = load_base(base, config.model.dtype).train()
+    model = load_base_for_engine(base, config, topology).train()
     group = join_expert_group(config.parallel.ep_size)
     context = attach_adapters(model, adapters, config.run.seed, group.shard if group else None)
     if group is not None:
@@ -55,11 +55,8 @@ def assemble(
 
 
 def _checkpoint_activations(model: PreTrainedModel, kind: str) -> None:
-    if kind == "none":
-        return
-    model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
-    if kind == "reentrant":  # torch gives such a block no gradient unless an input needs one
-        model.enable_input_require_grads()
+    if kind != "none":
+        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
 
 
 def _compile_blocks(model: PreTrainedModel) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from moe_medical.adapters.interop import save_adapter
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
+from moe_medical.config.schema import Exchange
 from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.batches import TrainingBatches
 from moe_medical.data.formats import ChatFormat
@@ -30,9 +33,11 @@ from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
 from moe_medical.training.assembly import assemble
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
 from moe_medical.training.identity import identify
+from moe_medical.training.layout_plan import SizedLinear, exchange_chooser
 from moe_medical.training.preflight import check_context
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.run_folder import RunFolder
+from moe_medical.training.sample_sizes import mixture_sizes, task_sizes
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
 from moe_medical.training.stopping import StopFlag
@@ -71,7 +76,7 @@ class Trainer:
         self.adapters = resolve_adapters(config.adapters)
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.plan)
         self.engine, self.context = assemble(
-            config, self.base, self.adapters, topology, lambda members: "weights"
+            config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)
         )
         over = config.training.balance_over
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over)
@@ -112,6 +117,13 @@ class Trainer:
 
     def _samples(self, steps: int) -> np.ndarray:
         return self.plan.counts(steps * self.config.training.global_batch)
+
+    @cached_property
+    def _choose_exchange(self) -> Callable[[Mapping[str, SizedLinear]], Exchange]:
+        counts = self._samples(self.config.training.steps)
+        sizes = mixture_sizes([task_sizes(task, self.chat) for task in self.tasks], counts.tolist())
+        ranks = self.topology.world_size
+        return exchange_chooser(self.config, self.adapters, sizes, ranks)
 
     def _training_batches(self) -> TrainingBatches:
         training, topology = self.config.training, self.topology
