@@ -115,6 +115,7 @@ class LoraLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., F)."""
+        x = _alias(x)
         y: Tensor = self.base(x)
         x_TD, y_TF = self._flat(x, y)
         return self._add(y_TF, x_TD).view(y.shape)
@@ -162,6 +163,7 @@ class MoloraLinear(AdaptedLinear):
     @torch.compiler.disable  # routings leave and collectives run as side effects, which a trace would freeze
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., F)."""
+        x = _alias(x)
         y: Tensor = self.base(x)
         x_TD, y_TF = self._flat(x, y)
         if self.token_exchange is None:
@@ -177,6 +179,14 @@ class MoloraLinear(AdaptedLinear):
         routing: Routing = self.router(x_TD, router_loss_tap(self.context, self.name))
         self.context.record(self.name, routing)
         return routing
+
+
+def _alias(x: Tensor) -> Tensor:
+    """Makes autograd sum the gradients of a layer's uses of x before those of its siblings.
+
+    ZeRO-3's hooks do the same; in bfloat16 another order would round to other numbers at other stages.
+    """
+    return x.view_as(x)
 
 
 def _seed_of(seed: int, name: str) -> int:
