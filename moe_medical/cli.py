@@ -126,6 +126,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer is 20 lines of C++ frames
     from moe_medical.distributed.topology import launched_ranks
     from moe_medical.training.run import train_and_report
 

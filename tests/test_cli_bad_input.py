@@ -109,8 +109,8 @@ CASES = {
         _nothing,
         ["parallel.ep_size=3"],
         64,
-        "parallel.ep_size must divide adapters.num_experts (4), got 3. Try 1, 2, 4.\n"
-        "  parallel.ep_size must divide parallel.ranks (2), got 3. Try 1, 2.",
+        "parallel.ep_size must divide adapters.num_experts (4), got 3. Try 2.\n"
+        "  parallel.ep_size must divide parallel.ranks (2), got 3. Try 2.",
     ),
     "pattern": (
         _nothing,

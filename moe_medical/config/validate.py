@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 
-from moe_medical.config.deepspeed_keys import RUN_FILE_OWNS, TOP_LEVEL_KEYS, ZERO_KEYS
 from moe_medical.config.presets import PRESETS, resolve_adapters
 from moe_medical.config.schema import RunConfig
+from moe_medical.config.validate_parallel import deepspeed_problems, expert_parallel_problems
 from moe_medical.errors import Problem
 
 _AT_LEAST_ONE = (
@@ -82,41 +80,7 @@ def _tasks(config: RunConfig) -> Iterator[Problem]:
 def _files(config: RunConfig) -> Iterator[Problem]:
     if not Path(config.data.recipe).is_file():
         yield Problem("data.recipe", "must name a mixture YAML, relative to the run file", config.data.recipe)
-    yield from _deepspeed(Path(config.parallel.deepspeed))
-
-
-def _deepspeed(path: Path) -> Iterator[Problem]:
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as e:
-        found = f"{path} ({e.strerror})"
-        yield Problem("parallel.deepspeed", "must name a DeepSpeed JSON, relative to the run file", found)
-        return
-    except ValueError as e:
-        yield Problem("parallel.deepspeed", f"must name valid JSON ({e})", str(path))
-        return
-    if not isinstance(settings, dict):
-        yield Problem("parallel.deepspeed", "must name a JSON object", str(path))
-        return
-    for key, owner in RUN_FILE_OWNS.items():
-        if key in settings:
-            yield Problem(f"{path}: {key}", f"is owned by the run file's {owner}", fix="Remove it there.")
-    rule = "is not a DeepSpeed key for use beside a run file"
-    yield from _unknown(f"{path}: ", settings.keys() - RUN_FILE_OWNS.keys(), TOP_LEVEL_KEYS, rule)
-    yield from _zero(f"{path}: zero_optimization", settings.get("zero_optimization", {}))
-
-
-def _zero(where: str, zero: object) -> Iterator[Problem]:
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    yield from _require(f"{where}.stage", stage, lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
-    if isinstance(zero, dict):
-        yield from _unknown(f"{where}.", zero, ZERO_KEYS, "is not a key of zero_optimization")
-
-
-def _unknown(prefix: str, keys: Iterable[str], known: Set[str], rule: str) -> Iterator[Problem]:
-    for key in sorted(set(keys) - known):
-        close = difflib.get_close_matches(key, sorted(known), n=1)
-        yield Problem(f"{prefix}{key}", rule, fix=f"Did you mean {close[0]!r}?" if close else "")
+    yield from deepspeed_problems(config.parallel)
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:
@@ -132,7 +96,7 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
     yield from _require("adapters.dropout", adapters.dropout, lambda v: 0 <= v < 1, "must be in [0, 1)")
     for key in ("molora", "lora"):
         yield from _patterns(f"adapters.{key}", getattr(adapters, key))
-    yield from _expert_parallel(config, adapters.num_experts)
+    yield from expert_parallel_problems(config.parallel, adapters)
 
 
 def _patterns(key: str, patterns: tuple[str, ...]) -> Iterator[Problem]:
@@ -141,21 +105,6 @@ def _patterns(key: str, patterns: tuple[str, ...]) -> Iterator[Problem]:
             re.compile(pattern)
         except re.error as e:
             yield Problem(f"{key}[{i}]", f"must be a regular expression ({e})", pattern)
-
-
-def _expert_parallel(config: RunConfig, num_experts: int) -> Iterator[Problem]:
-    ep_size, ranks = config.parallel.ep_size, config.parallel.ranks
-    if ep_size <= 1:
-        return
-    whole = True
-    for what, number in (("adapters.num_experts", num_experts), ("parallel.ranks", ranks)):
-        if number % ep_size:
-            whole = False
-            divisors = ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-            yield Problem("parallel.ep_size", f"must divide {what} ({number})", ep_size, f"Try {divisors}.")
-    if whole:
-        rule = "must be 1: this version replicates the experts on every rank"
-        yield Problem("parallel.ep_size", rule, ep_size)
 
 
 def _require(key: str, value, holds, rule: str) -> Iterator[Problem]:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from moe_medical.adapters.model import adapter_parameters, routed_layers
 from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
 from moe_medical.distributed.expert_group import ExpertGroup
-from moe_medical.distributed.topology import Topology
+from moe_medical.distributed.topology import Topology, limit_waiting
 
 
 class Engine:
@@ -137,6 +137,7 @@ def build_engine(
         )
     optimizer = _adamw(_parameter_groups(model, group), config.training, settings, topology.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    limit_waiting(config.parallel)  # the last groups have just been made
     return Engine(engine, model, topology, group, config.training.clip_norm)
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from moe_medical.config.schema import ParallelSection
-from moe_medical.errors import ConfigError, PeerLostError, Problem
+from moe_medical.distributed.roll_call import attended_roll_call
+from moe_medical.errors import ConfigError, PeerLostError, PreemptedError, Problem
 from moe_medical.ports import free_port
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -56,7 +57,11 @@ class Topology:
 
 
 def start_distributed(section: ParallelSection) -> Topology:
-    """Join (or, alone, make) the process group that DeepSpeed will use."""
+    """Join (or, alone, make) the process group that DeepSpeed will use.
+
+    Raises:
+        PeerLostError: not every rank has joined in time.
+    """
     env, source = _environment(os.environ)
     os.environ.update(env)
     device = _device(section, int(env["LOCAL_RANK"]))
@@ -69,10 +74,25 @@ def start_distributed(section: ParallelSection) -> Topology:
     if dist.is_initialized():
         return Topology(dist.get_rank(), dist.get_world_size(), device, source)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(
-        dist_backend=backend, timeout=timedelta(seconds=section.timeout_seconds), verbose=False
-    )
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=_limit(section), verbose=False)
+    except RuntimeError as e:
+        if not _is_of_transport(e):
+            raise
+        reason = str(e).splitlines()[0]
+        raise PeerLostError(f"not all {env['WORLD_SIZE']} ranks have joined the run ({reason})") from None
     return Topology(dist.get_rank(), dist.get_world_size(), device, source)
+
+
+def limit_waiting(section: ParallelSection) -> None:
+    """Let no collective wait longer than the run file allows; call it once all groups are made."""
+    # A new group has torch's default, 10 minutes for NCCL and 30 for gloo, not the first group's limit.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(_limit(section), group)
+
+
+def _limit(section: ParallelSection) -> timedelta:
+    return timedelta(seconds=section.timeout_seconds)
 
 
 def stop_distributed() -> None:
@@ -113,18 +133,34 @@ def _ranks_here() -> int:
 
 @contextmanager
 def naming_lost_peers() -> Iterator[None]:
-    """Turn the transport's complaint about a peer that has gone into an error that says so.
+    """Turn the transport's complaint about a peer into an error that says which ranks are missing.
+
+    Collective: every rank must enter, and the ranks tell each other how they leave.
 
     Raises:
         PeerLostError: in place of what gloo or NCCL raised.
     """
-    try:
-        yield
-    except RuntimeError as e:
-        # gloo has no exception type of its own; its messages name its source file.
-        if isinstance(e, dist.DistError) or "gloo/transport" in str(e):
-            raise PeerLostError("another rank of this run has ended or cannot be reached") from None
-        raise
+    with attended_roll_call() as roll_call:
+        try:
+            yield
+        except PreemptedError:  # all ranks stop together
+            raise
+        except Exception as e:
+            if not _is_of_transport(e):
+                if roll_call is not None:
+                    roll_call.report_failure(type(e).__name__)
+                raise
+            lost = "another rank of this run has ended or cannot be reached"
+            raise PeerLostError(lost if roll_call is None else roll_call.find_missing()) from None
+
+
+def _is_of_transport(error: BaseException) -> bool:
+    """Whether the error, or one that led to it, is a complaint of the transport."""
+    # gloo has no exception type of its own; its messages name its source file.
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _is_of_transport(cause)
 
 
 def _quiet_deepspeed() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from moe_medical.config import RunConfig, save_config
 from moe_medical.data.sources import BadRecord
@@ -17,6 +21,7 @@ from moe_medical.errors import StorageError
 from moe_medical.evaluation.evaluate import Evaluation
 
 _LOG = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,32 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.root / "results.json"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other runs out of the folder inside the block; a folder that is still empty then goes again.
+
+        The kernel frees the lock when its owner ends, in whatever way.
+
+        Raises:
+            StorageError: another run has the folder.
+        """
+        lock = self.root / ".lock"
+        with _writing(lock):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+")
+        with file:
+            _lock(file, self.root)
+            with _writing(lock):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            try:
+                yield
+            finally:
+                if list(self.root.iterdir()) == [lock]:
+                    lock.unlink()
+                    self.root.rmdir()
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and put the resolved config into it.
@@ -84,6 +115,21 @@ class RunFolder:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         write_json(self.evaluation(evaluation.step), evaluation.to_json())
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        raise StorageError(f"{folder} is in use by another run ({owner}). Use a new run.name.") from None
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise StorageError(f"{folder} cannot be locked ({e.strerror})") from None
+        _LOG.warning("%s: no locks on this file system, so nothing keeps a second run out", folder)
+    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has just removed it
+        raise StorageError(f"{folder} was in use by another run. Try again.")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -2,7 +2,8 @@
 
 A thin stand-in for the `deepspeed` launcher on one node: the same environment for the ranks, but every
 signal reaches all ranks at once, the death of one ends the others, no rank outlives the supervisor, their
-exit code survives, and an error is told once. Several nodes are started with `deepspeed --hostfile`.
+exit code survives, an error is told once, and a rank that was killed is named. Several nodes are started
+with `deepspeed --hostfile`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from moe_medical.console import complain
 from moe_medical.errors import PeerLostError, PreemptedError
 from moe_medical.ports import free_port
 from moe_medical.training.stopping import STOP_SIGNALS
@@ -39,7 +41,12 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="moe-medical-") as folder:
         env = _environment(num_ranks, Path(folder))
-        return _look_after([_start(rank, arguments, env) for rank in range(num_ranks)])
+
+        def tell(text: str) -> None:
+            if _is_first(Path(env[_CLAIM])):
+                complain(text)
+
+        return _look_after([_start(rank, arguments, env) for rank in range(num_ranks)], tell)
 
 
 def may_tell_error() -> bool:
@@ -49,10 +56,12 @@ def may_tell_error() -> bool:
     ended before they get so far. Under another launcher the first rank of each machine.
     """
     claim = os.environ.get(_CLAIM)
-    if claim is None:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" if claim is None else _is_first(Path(claim))
+
+
+def _is_first(claim: Path) -> bool:
     try:
-        Path(claim).touch(exist_ok=False)
+        claim.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -68,14 +77,14 @@ def die_with_supervisor() -> None:
         os._exit(PeerLostError.exit_code)
 
 
-def _look_after(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _look_after(ranks: Sequence[subprocess.Popen[bytes]], tell: Callable[[str], None] = complain) -> int:
     def forward(signum: int, _frame: FrameType | None) -> None:
         # The ranks have sessions of their own: a terminal's Ctrl-C comes here only and is passed on once.
         _signal_all(ranks, signal.SIGTERM if signum == signal.SIGINT else signum)
 
     old = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
     try:
-        return _wait(ranks)
+        return _wait(ranks, tell)
     finally:
         _kill_all(ranks)
         for signum, handler in old.items():
@@ -104,21 +113,37 @@ def _start(rank: int, arguments: Sequence[str], env: Mapping[str, str]) -> subpr
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], tell: Callable[[str], None]) -> int:
     """Wait for all; from the first failure on the others have the grace period to end by themselves."""
     failed: int | None = None
     deadline = float("inf")
-    while any(p.poll() is None for p in ranks):
-        if failed is None:
-            failed = _first_failure(ranks)
-            if failed is not None:
-                deadline = time.monotonic() + _GRACE_SECONDS
-                if failed != PreemptedError.exit_code:  # preempted ranks all stop by themselves
-                    _signal_all(ranks, signal.SIGTERM)
+    while True:
+        running = any(p.poll() is None for p in ranks)
+        if failed is None and (failed := _first_failure(ranks)) is not None:
+            _tell_killed(ranks, tell)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            if failed != PreemptedError.exit_code:  # preempted ranks all stop by themselves
+                _signal_all(ranks, signal.SIGTERM)
+        if not running:
+            return failed or 0
         if time.monotonic() > deadline:
+            _tell_deaf(ranks)
             _kill_all(ranks)
         time.sleep(_POLL_SECONDS)
-    return failed if failed is not None else (_first_failure(ranks) or 0)
+
+
+def _tell_killed(ranks: Sequence[subprocess.Popen[bytes]], tell: Callable[[str], None]) -> None:
+    """A rank that a signal has ended cannot say so itself."""
+    for rank, process in enumerate(ranks):
+        if process.returncode is not None and process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            tell(f"rank {rank} of {len(ranks)} was ended by {name}")
+
+
+def _tell_deaf(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank, process in enumerate(ranks):
+        if process.poll() is None:
+            complain(f"rank {rank} of {len(ranks)} does not stop when asked; it is killed")
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:

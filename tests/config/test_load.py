@@ -70,8 +70,8 @@ checkpoint: {resume: maybe}
         "adapters.top_k must be at most num_experts (4), got 6.",
         "adapters.molora[0] must be a regular expression (missing ), unterminated subpattern at position 0), "
         "got '('.",
-        "parallel.ep_size must divide adapters.num_experts (4), got 3. Try 1, 2, 4.",
-        "parallel.ep_size must divide parallel.ranks (2), got 3. Try 1, 2.",
+        "parallel.ep_size must divide adapters.num_experts (4), got 3. Try 2.",
+        "parallel.ep_size must divide parallel.ranks (2), got 3. Try 2.",
     ]
 
 
@@ -198,12 +198,6 @@ def test_ranges(folder: Path, override: str, line: str) -> None:
     assert found.startswith(line)
 
 
-def test_experts_are_not_spread_yet(folder: Path) -> None:
-    overrides = ["parallel.ranks=2", "parallel.ep_size=2"]
-    (found,) = _problems(folder, overrides=overrides)
-    assert found.startswith("parallel.ep_size must be 1")
-
-
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -214,7 +208,7 @@ def test_experts_are_not_spread_yet(folder: Path) -> None:
             '{"zero_optimization": {"stage": 4}}',
             "{path}: zero_optimization.stage must be 0, 1, 2 or 3, got 4.",
         ),
-        ('{"zero_optimization": 2}', "{path}: zero_optimization.stage must be 0, 1, 2 or 3."),
+        ('{"zero_optimization": 2}', "{path}: zero_optimization must be an object, got 2."),
         (
             '{"zero_optimisation": {"stage": 3}}',
             "{path}: zero_optimisation is not a DeepSpeed key for use beside a run file. "

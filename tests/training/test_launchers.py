@@ -35,14 +35,18 @@ def test_another_launcher_makes_the_same_run(
 
 
 def test_the_death_of_a_rank_ends_the_launch(undisturbed: UndisturbedRun, tmp_path: Path) -> None:
+    """Until then a second launch of the run is refused."""
     folder = tmp_path / "run"
-    command = [*LAUNCH, str(undisturbed.run_file), f"run.dir={folder}"]
+    command = [*LAUNCH, str(undisturbed.run_file), f"run.dir={folder}", "training.steps=10000"]
     with launched(command, tmp_path / "output") as run:
         run.wait_until(lambda: reached(folder) >= 3)
+        code, output = run_to_end([*command, "parallel.ranks=1"], tmp_path / "second output")
+        assert (code, output.startswith(f"{folder} is in use by another run (process ")) == (74, True)
         ranks = run.ranks()
         victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
         victim.kill()
         assert run.end() == 128 + 9, run.output
+        assert run.output.endswith("rank 1 of 2 was ended by SIGKILL\n")
         assert survivors(ranks, within_seconds=0) == []
     assert len(ranks) == 2
     assert not (folder / "adapter").exists()

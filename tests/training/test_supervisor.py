@@ -59,15 +59,19 @@ def test_a_failed_rank_ends_those_that_wait_for_it(others: tuple[int, ...]) -> N
     assert ranks[0].returncode == -signal.SIGTERM
 
 
-def test_a_deaf_rank_is_killed_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deaf_rank_is_killed_after_the_grace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.3)
     ranks = [_rank(DEAF, ready=True), _rank("raise SystemExit(70)")]
     assert _look_after(ranks) == 70
     assert ranks[0].returncode == -signal.SIGKILL
+    assert capsys.readouterr().err == "rank 0 of 2 does not stop when asked; it is killed\n"
 
 
-def test_a_killed_rank_has_the_shells_code() -> None:
-    assert _look_after([_rank("import os; os.kill(os.getpid(), 9)")]) == 128 + 9
+def test_a_killed_rank_has_the_shells_code_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _look_after([_rank(""), _rank("import os; os.kill(os.getpid(), 9)")]) == 128 + 9
+    assert capsys.readouterr().err == "rank 1 of 2 was ended by SIGKILL\n"
 
 
 def test_preempted_ranks_are_left_to_finish(tmp_path: Path) -> None:
