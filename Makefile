@@ -35,6 +35,8 @@ format: install
 
 benchmark: install
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/expert_parallel.py
+	$(BIN)/python benchmarks/render_pages.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -81,6 +81,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.scale, ctx.dtype, ctx.exchange = scaling / (1 - dropout), y_TF.dtype, exchange
         with torch.autocast(y_TF.device.type, enabled=False):
             all_A, all_B = exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B)
+            assert gate_TE is None or gate_TE.shape[1] == len(all_A), "a shard of experts needs an exchange"
             hidden_TH = _dropped(x_TD, keep_TD, y_TF.dtype) @ _flat_A(all_A, y_TF.dtype).t()
             kept = (all_A, all_B) if exchange and exchange.keep else ()
             ctx.save_for_backward(x_TD, lora_A, lora_B, gate_TE, keep_TD, hidden_TH, *kept)

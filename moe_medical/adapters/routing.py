@@ -104,6 +104,7 @@ class RoutingContext:
         self.routings: dict[str, Routing] = {}
         self.router_gradients: dict[str, RouterGradient] = {}
         self.pass_name = ""
+        self.binding: object | None = None  # another one in each `bind`, whose mask may be an earlier one's
 
     @contextmanager
     def bind(
@@ -122,11 +123,11 @@ class RoutingContext:
         if self.token_mask_BS is not None:
             raise RuntimeError("a batch is bound already: one context serves one batch at a time")
         self.token_mask_BS, self.task_ids_BS = token_mask_BS, task_ids_BS
-        self.pass_name = pass_name
+        self.pass_name, self.binding = pass_name, object()
         try:
             yield self
         finally:
-            self.token_mask_BS = self.task_ids_BS = None
+            self.token_mask_BS = self.task_ids_BS = self.binding = None
             self.routings, self.router_gradients, self.pass_name = {}, {}, ""
 
     @property

@@ -145,3 +145,9 @@ def read_deepspeed(path: Path | str) -> dict[str, Any]:
 def zero_stage(settings: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed JSON, 0 where it names none."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads(settings: Mapping[str, Any], section: str) -> bool:
+    """Whether a DeepSpeed JSON moves what `section` (offload_optimizer, offload_param) names off the GPU."""
+    part = settings.get("zero_optimization", {}).get(section) or {}
+    return bool(part.get("device", "none") != "none")

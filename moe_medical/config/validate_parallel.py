@@ -22,6 +22,7 @@ from moe_medical.config.deepspeed_keys import (
     ZERO_COUNTS,
     ZERO_FLAGS,
     ZERO_KEYS,
+    offloads,
 )
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ParallelSection
@@ -31,16 +32,21 @@ from moe_medical.errors import Problem
 def expert_parallel_problems(parallel: ParallelSection, adapters: MoloraConfig) -> Iterator[Problem]:
     """Whether the experts can be spread over `ep_size` ranks."""
     ep_size = parallel.ep_size
-    if ep_size <= 1:
+    if ep_size <= 1 or adapters.num_experts < 1 or parallel.ranks < 1:  # what is below 1 is told elsewhere
         return
     if not adapters.molora or adapters.num_experts == 1:
         yield Problem("parallel.ep_size", "must be 1: no layer has several experts", ep_size)
         return
-    common = math.gcd(adapters.num_experts, parallel.ranks)
-    near = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: (abs(d - ep_size), -d))
+    near = nearest_ep_size(ep_size, adapters.num_experts, parallel.ranks)
     for what, number in (("adapters.num_experts", adapters.num_experts), ("parallel.ranks", parallel.ranks)):
         if number % ep_size:
             yield Problem("parallel.ep_size", f"must divide {what} ({number})", ep_size, f"Try {near}.")
+
+
+def nearest_ep_size(ep_size: int, num_experts: int, ranks: int) -> int:
+    """The closest that divides experts and ranks; the larger of two."""
+    common = math.gcd(num_experts, ranks)
+    return min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: (abs(d - ep_size), -d))
 
 
 def deepspeed_problems(parallel: ParallelSection) -> Iterator[Problem]:
@@ -216,11 +222,11 @@ def _offload(
         where = f"{path}: zero_optimization.{section}"
         yield from _unknown(f"{where}.", zero[section], OFFLOAD_KEYS[section], f"is not a key of {section}")
         yield from _broken(f"{where}.", zero[section], _OFFLOAD_RULES, case)
-        if zero[section].get("device", "none") != "none" and case.stage < lowest[section]:
+        if offloads(settings, section) and case.stage < lowest[section]:
             fix = f"Use stage {lowest[section]} or remove it."
             yield Problem(where, f"is ignored at ZeRO-{case.stage}", fix=fix)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if offloaded and settings.get("zero_force_ds_cpu_optimizer", True) is not False:
+    forced = settings.get("zero_force_ds_cpu_optimizer", True) is not False
+    if forced and offloads(settings, "offload_optimizer"):
         rule = "must be false beside offload_optimizer: the optimizer is torch's AdamW at every stage"
         found = settings.get("zero_force_ds_cpu_optimizer")
         yield Problem(f"{path}: zero_force_ds_cpu_optimizer", rule, found)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_medical.config.presets import MoloraConfig
@@ -71,10 +71,6 @@ class Estimate:
         """Of these, those that leave the node."""
         return sum(t.across for t in self.traffic)
 
-    @property
-    def within(self) -> float:
-        return self.sent - self.across
-
 
 def estimate(model: AdaptedModel, layout: Layout, workload: Workload) -> Estimate:
     """Memory and traffic of one rank under a layout."""
@@ -100,6 +96,7 @@ def choose_exchange(
     """The exchange of layers that share an input: what the layout says, or the one with fewer bytes."""
     if layout.exchange != "auto":
         return layout.exchange
+    group = replace(group, input_needs_grad=True)  # a run decides before it knows which is the first layer
     sent = {
         name: sum(t.sent for t in exchange(group, adapters, layout, workload))
         for name, exchange in _EXCHANGES.items()

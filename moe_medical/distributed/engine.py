@@ -11,6 +11,7 @@ DeepSpeed averages them, experts too (over all ranks, although only their replic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,33 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_medical.adapters.model import adapter_parameters, routed_layers
-from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.config import resolve_adapters
+from moe_medical.config.deepspeed_keys import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
 from moe_medical.distributed.expert_group import ExpertGroup
 from moe_medical.distributed.topology import Topology, limit_waiting
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What the optimizer gets."""
+
+    named: dict[str, nn.Parameter]
+    """Adapters and routers by name, in a stable order."""
+    experts: frozenset[str]
+    """Names of those that differ from rank to rank; none without expert parallelism."""
+
+    @classmethod
+    def of(cls, model: nn.Module, group: ExpertGroup | None) -> Trainable:
+        """Found by type: adapters of the model, experts of its routed layers."""
+        layers = routed_layers(model).items() if group else ()
+        experts = (f"{prefix}.{name}" for prefix, layer in layers for name in layer.expert_parameters())
+        return cls(adapter_parameters(model), frozenset(experts))
+
+    def split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters that all ranks share, and this rank's experts."""
+        shared = [p for name, p in self.named.items() if name not in self.experts]
+        return shared, [p for name, p in self.named.items() if name in self.experts]
 
 
 class Engine:
@@ -37,14 +61,13 @@ class Engine:
     def __init__(
         self,
         deepspeed_engine: Any,
-        model: nn.Module,
+        trainable: Trainable,
         topology: Topology,
         group: ExpertGroup | None,
         clip: float,
     ) -> None:
         self.deepspeed = deepspeed_engine
-        self.named = adapter_parameters(model)
-        self.experts = expert_names(model) if group else frozenset()
+        self.named, self.experts = trainable.named, trainable.experts
         self.topology, self.group = topology, group
         self.stage = int(deepspeed_engine.zero_optimization_stage())
         self._clip_norm = clip
@@ -108,12 +131,6 @@ class Engine:
         return torch.stack(norms).norm()
 
 
-def expert_names(model: nn.Module) -> frozenset[str]:
-    """Parameters that expert parallelism spreads, found by type."""
-    layers = routed_layers(model).items()
-    return frozenset(f"{prefix}.{name}" for prefix, layer in layers for name in layer.expert_parameters())
-
-
 def build_engine(
     model: nn.Module, config: RunConfig, topology: Topology, group: ExpertGroup | None = None
 ) -> Engine:
@@ -127,29 +144,18 @@ def build_engine(
     """
     import deepspeed
 
-    settings = deepspeed_settings(config, topology.world_size)
+    settings, trainable = deepspeed_settings(config, topology.world_size), Trainable.of(model, group)
     model.to(topology.device)
-    if group is not None:
-        named = adapter_parameters(model)
-        experts = [named[n] for n in sorted(expert_names(model))]
-        group.mark(
-            model, experts, next(iter(routed_layers(model).values())).num_experts, zero_stage(settings)
-        )
-    optimizer = _adamw(_parameter_groups(model, group), config.training, settings, topology.device)
+    shared, experts = trainable.split()
+    groups: list[dict[str, Any]] = [{"params": shared}] if shared else []
+    if group is not None:  # DeepSpeed looks for these keys
+        groups.append({"params": experts, "moe": True, "name": group.name})
+        num_experts = resolve_adapters(config.adapters).num_experts
+        group.mark(model, experts, num_experts, zero_stage(settings))
+    optimizer = _adamw(groups, config.training, settings, topology.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     limit_waiting(config.parallel)  # the last groups have just been made
-    return Engine(engine, model, topology, group, config.training.clip_norm)
-
-
-def _parameter_groups(model: nn.Module, group: ExpertGroup | None) -> list[dict[str, Any]]:
-    """One group, or shared parameters and experts apart, with the keys that DeepSpeed looks for."""
-    named = adapter_parameters(model)
-    experts = expert_names(model) if group else frozenset()
-    groups: list[dict[str, Any]] = [{"params": [p for n, p in named.items() if n not in experts]}]
-    if group is not None:
-        own = [p for n, p in named.items() if n in experts]
-        groups.append({"params": own, "moe": True, "name": group.name})
-    return [g for g in groups if g["params"]]
+    return Engine(engine, trainable, topology, group, config.training.clip_norm)
 
 
 def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def _adamw(
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
+    offloaded = offloads(settings, "offload_optimizer")
     return torch.optim.AdamW(
         groups,
         lr=training.learning_rate,

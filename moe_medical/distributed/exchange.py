@@ -47,20 +47,20 @@ class GatherAhead:
     def __init__(self, context: RoutingContext) -> None:
         self._context = context
         self._orders: dict[str, list[GatheredWeights]] = {}
-        self._bound: Tensor | None = None
+        self._binding: object | None = None
         self._position = 0
         self._next: _Gathering | None = None
 
     def take(self, owner: GatheredWeights) -> _Gathering | None:
         """The gather that was started for this request, if there is one."""
-        if self._context.token_mask_BS is not self._bound:  # another micro-batch
-            self._bound, self._position, self._next = self._context.token_mask_BS, 0, None
+        if self._context.binding is not self._binding:  # another micro-batch
+            self._binding, self._position, self._next = self._context.binding, 0, None
         ready, self._next = self._next, None
         return ready if ready is not None and ready.owner is owner else None
 
     def go_on(self, owner: GatheredWeights) -> None:
         """Note what was asked for, and start what was asked for after it last time."""
-        if self._bound is None:
+        if self._binding is None:
             return
         order = self._orders.setdefault(self._context.pass_name, [])
         if self._position >= len(order) or order[self._position] is not owner:
@@ -179,16 +179,18 @@ class SharedDispatch:
     def _send(self, x: Tensor) -> _Journey:
         x_TD = x.reshape(-1, x.shape[-1])
         gate_PTMe = self._gates(x_TD)
-        _, tokens, members, _ = gate_PTMe.shape
         wanted_PTM = (gate_PTMe != 0).any(-1)
-        row_N = wanted_PTM.any(-1).view(-1).nonzero().squeeze(1)  # by peer, then by token
-        sent = torch.cat([wanted_PTM.any(-1).sum(1, keepdim=True), wanted_PTM.sum(1)], dim=1)
-        to, back = self._exchange_counts(sent)
-        x_RD = _AllToAll.apply(x_TD.index_select(0, row_N % tokens), to[0], back[0], self._group)
+        any_PT = wanted_PTM.any(-1)
+        to, back = self._exchange_counts(torch.cat([any_PT.sum(1, keepdim=True), wanted_PTM.sum(1)], dim=1))
+        row_N = _where(any_PT, sum(to[0]))  # by peer, then by token
         gate_NMe = gate_PTMe.flatten(0, 1).index_select(0, row_N)
+        # By peer, so that no gradient is added twice at once: a GPU would do that in any order.
+        tokens = (row_N % len(x_TD)).split(to[0])
+        x_ND = torch.cat([x_TD.index_select(0, token_N) for token_N in tokens])
+        x_RD = _AllToAll.apply(x_ND, to[0], back[0], self._group)
         gate_RMe = _AllToAll.apply(gate_NMe, to[0], back[0], self._group)
-        targets = [wanted_PTM[..., m].reshape(-1).nonzero().squeeze(1) % tokens for m in range(members)]
-        return _Journey(x, x_RD, gate_RMe, targets, to[1:], back[1:], self._group, set(self._layers))
+        returning = [_where(wanted_PTM[..., m], sum(rows)) % len(x_TD) for m, rows in enumerate(to[1:])]
+        return _Journey(x, x_RD, gate_RMe, returning, to[1:], back[1:], self._group, set(self._layers))
 
     def _gates(self, x_TD: Tensor) -> Tensor:
         """(peers, T, members, e) float32: gates by the rank that holds the expert; padding has none."""
@@ -206,6 +208,11 @@ class SharedDispatch:
         return both[0], both[1]
 
 
+def _where(mask: Tensor, count: int) -> Tensor:
+    """Flat positions of the `count` true values, without asking the device how many they are."""
+    return torch.nonzero_static(mask.reshape(-1), size=count).squeeze(1)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one; ZeRO-3 hands each module its own alias of a shared input."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
@@ -218,7 +225,7 @@ class _Journey:
     x: Tensor
     x_RD: Tensor
     gate_RMe: Tensor
-    targets: Sequence[Tensor]
+    returning: Sequence[Tensor]
     """By member: which own tokens its returning rows belong to."""
     to: list[list[int]]
     back: list[list[int]]
@@ -227,11 +234,11 @@ class _Journey:
 
     def received(self, member: int) -> Received:
         x_RD, gate_Re = self.x_RD, self.gate_RMe[:, member]
-        if len(self.targets) > 1:  # some rows came for the other members only
-            row_R = (gate_Re != 0).any(-1).nonzero().squeeze(1)
+        if len(self.returning) > 1:  # some rows came for the other members only
+            row_R = _where((gate_Re != 0).any(-1), sum(self.back[member]))
             x_RD, gate_Re = x_RD.index_select(0, row_R), gate_Re.index_select(0, row_R)
         splits = (self.back[member], self.to[member])
-        return Received(x_RD, gate_Re, self.targets[member], *splits, self.group)
+        return Received(x_RD, gate_Re, self.returning[member], *splits, self.group)
 
 
 @dataclass(frozen=True)
@@ -240,14 +247,19 @@ class Received:
 
     x_RD: Tensor
     gate_Re: Tensor
-    target_N: Tensor
+    token_N: Tensor
+    """Own token of each returning row, by peer."""
     back: list[int]
     to: list[int]
     group: ExpertGroup
 
     def combine(self, y_TF: Tensor, delta_RF: Tensor) -> Tensor:
         delta_NF = _AllToAll.apply(delta_RF, self.back, self.to, self.group)
-        return y_TF.index_add(0, self.target_N, delta_NF)
+        # By peer, so that a token of several is summed in one order: a recomputed forward must be the same.
+        y_TF = y_TF.clone()
+        for token_N, delta in zip(self.token_N.split(self.to), delta_NF.split(self.to), strict=True):
+            y_TF.index_add_(0, token_N, delta)
+        return y_TF
 
 
 class _AllToAll(torch.autograd.Function):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -38,9 +37,9 @@ class ExpertGroup:
 
     def whole(self, own: Tensor) -> Tensor:
         """Concatenate the experts of all peers. Collective: every rank must call."""
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own.contiguous(), group=self.peers)
-        return torch.cat(parts)
+        whole = own.new_empty(self.size * len(own), *own.shape[1:])
+        dist.all_gather_single(whole, own.contiguous(), group=self.peers)
+        return whole
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's experts of a whole tensor."""

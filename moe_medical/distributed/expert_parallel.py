@@ -1,7 +1,7 @@
 """Expert parallelism put into a model: which experts this rank holds and how each layer exchanges.
 
 group = join_expert_group(ep_size)            # process groups
-attach_adapters(model, ..., group.shard)      # each rank makes its own experts only
+attach_adapters(model, ..., group.shard)      # each rank keeps its own experts only
 connect_experts(model, context, group, ...)   # here
 build_engine(model, config, topology, group)  # DeepSpeed learns which parameters are experts
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.config.deepspeed_keys import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import Exchange, RunConfig
 
 
@@ -41,8 +41,8 @@ class ZeroSettings:
         """Read a DeepSpeed JSON that `validate` has accepted."""
         zero, stage = settings.get("zero_optimization", {}), zero_stage(settings)
         given = {
-            "offload_optimizer": _offloads(zero, "offload_optimizer"),
-            "offload_parameters": _offloads(zero, "offload_param"),
+            "offload_optimizer": offloads(settings, "offload_optimizer"),
+            "offload_parameters": offloads(settings, "offload_param"),
             "reduce_scatter": zero.get("reduce_scatter"),
             "multi_rank_buckets": zero.get("use_multi_rank_bucket_allreduce"),
             "contiguous_gradients": zero.get("contiguous_gradients"),
@@ -54,10 +54,6 @@ class ZeroSettings:
             "prefetch_bucket": _number(zero, "prefetch_bucket_size"),
         }
         return cls(stage, **{key: value for key, value in given.items() if value is not None})
-
-
-def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
 
 
 def _number(zero: Mapping[str, Any], key: str) -> int | None:

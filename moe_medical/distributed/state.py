@@ -107,6 +107,8 @@ def _set_master(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) ->
 
     if engine.stage == 0:
         parameter.copy_(value)
+    elif engine.stage == 3:
+        _set_partition(engine, parameter, value)
     else:
         safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
@@ -116,8 +118,22 @@ def _set_moment(engine: Engine, parameter: nn.Parameter, key: str, value: torch.
 
     if engine.stage == 0:
         _torch_optimizer(engine).state[parameter][key].copy_(value)
+    elif engine.stage == 3:
+        _set_partition(engine, parameter, value, key)
     else:
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def _set_partition(
+    engine: Engine, parameter: nn.Parameter, value: torch.Tensor, key: str | None = None
+) -> None:
+    """This rank's part of a master, or of the moment `key`."""
+    # NOTE(deepspeed): its own setter fails on a last part that is padded.
+    outer = engine.deepspeed.optimizer
+    part, _ = outer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+    start = part.numel() * outer._get_param_partition_rank(parameter)
+    filled = value.flatten()[start : start + part.numel()]
+    part[: filled.numel()].copy_(filled)
 
 
 def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:

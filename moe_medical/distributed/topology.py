@@ -96,7 +96,10 @@ def _limit(section: ParallelSection) -> timedelta:
 
 
 def stop_distributed() -> None:
-    """Leave the process group; without it some runs end with a bad exit code."""
+    """Leave the process group, for good: DeepSpeed keeps groups of its own that end with it.
+
+    Without it some runs end with a bad exit code.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 The probe set is the first rows of each task's evaluation split, in file order, so every evaluation of a
 run (and of two runs on the same data) sees the same rows. Rows are dealt to ranks in batches of similar
-length; every rank runs the same number of forward passes, which ZeRO-3 needs.
+length; every rank runs the same number of forward passes, which ZeRO-3 and expert parallelism need.
 """
 
 from __future__ import annotations

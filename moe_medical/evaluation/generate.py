@@ -22,7 +22,7 @@ def generate_ids(
     """Continue tokenised prompts greedily.
 
     Args:
-        synced: every rank keeps calling forward until the slowest is done; ZeRO-3 needs it.
+        synced: every rank keeps calling forward until the slowest is done; see `Engine`.
 
     Returns:
         int64 (prompts, max_new_tokens); -1 from the end token on.

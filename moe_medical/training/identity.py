@@ -1,8 +1,8 @@
 """What a resumed run must share with the run that saved; else its steps would be another run's.
 
 Everything that shapes a number is compared. Free to change: where the run is written, the layout (ranks,
-DeepSpeed JSON, ep_size, micro-batch, activation checkpointing), the number of steps, checkpoints, logging.
-Data is compared by content, so that files may move.
+DeepSpeed JSON, ep_size, micro-batch, activation checkpointing, compilation), the number of steps,
+checkpoints, logging. Data is compared by content, so that files may move.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.schema import Exchange
+from moe_medical.config.validate_parallel import nearest_ep_size
 from moe_medical.console import show, show_table
 from moe_medical.distributed.adapted_model import AdaptedModel, RoutedGroup, Workload
 from moe_medical.distributed.cost import Estimate, Recommendation, choose_exchange, estimate, recommend
@@ -72,8 +73,7 @@ def plan_layouts(
     experts = model.adapters.num_experts if model.routed else 0
     if not is_possible(layout, model.adapters.num_experts):
         rule = f"must divide --nodes x --gpus ({machines.ranks})"
-        fits = (machines.ranks, model.adapters.num_experts)
-        near = max(n for n in range(1, layout.ep_size + 1) if not any(number % n for number in fits))
+        near = nearest_ep_size(layout.ep_size, model.adapters.num_experts, machines.ranks)
         problem = Problem("parallel.ep_size", rule, layout.ep_size, f"Try parallel.ep_size={near}.")
         raise ConfigError("the command line", [problem])
     workload = _workload(config, model.adapters, sizes, machines.ranks)
