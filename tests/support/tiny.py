@@ -19,8 +19,11 @@ CHATML = (
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A Llama of hidden 32 and 2 layers with a trained BPE tokenizer and a ChatML template."""
+def write_tiny_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
+    """A Llama of hidden 32 and 2 layers with a trained BPE tokenizer and a ChatML template.
+
+    `tied`: whether the output head is the embedding table.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +45,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=2,
         pad_token_id=2,
         bos_token_id=1,
