@@ -1,4 +1,5 @@
 """What DeepSpeed does that the code works around: a fact that changes makes a work-around needless, or wrong.
+`test_deepspeed_settings.py` has the settings that are refused.
 
 Each variant undoes one decision of distributed/ and trains three steps with experts spread over 2 ranks; what
 comes out is compared with plain PyTorch. Clipping binds.
@@ -86,15 +87,6 @@ def _clipping_left_out() -> AbstractContextManager[Any]:
     return _settings(lambda settings: {k: v for k, v in settings.items() if k != "gradient_clipping"})
 
 
-def _scattered_gradients() -> AbstractContextManager[Any]:
-    def change(settings: dict[str, Any]) -> dict[str, Any]:
-        return settings | {
-            "zero_optimization": settings["zero_optimization"] | {"contiguous_gradients": False}
-        }
-
-    return _settings(change)
-
-
 def _settings(change: Callable[[dict[str, Any]], dict[str, Any]]) -> AbstractContextManager[Any]:
     from moe_medical.distributed import engine
 
@@ -111,7 +103,6 @@ VARIANTS: Mapping[str, tuple[int, Callable[[], AbstractContextManager[Any]]]] = 
     "module, zero3": (3, _module_under_zero3),
     "no marks of zero3": (3, _no_marks_of_zero3),
     "clipping by DeepSpeed, zero0": (0, _clipping_by_deepspeed),
-    "scattered gradients, zero1": (1, _scattered_gradients),
 }
 
 
@@ -203,7 +194,6 @@ def test_nothing_undone_is_right(stage: int, facts: dict[str, Any]) -> None:
         "no marks, zero3",
         "no marks of zero3",
         "clipping by DeepSpeed, zero0",
-        "scattered gradients, zero1",
     ],
 )
 def test_silently_wrong_without(variant: str, facts: dict[str, Any]) -> None:
