@@ -13,6 +13,15 @@ Dtype = Literal["float32", "bfloat16"]
 ResumeMode = Literal["auto", "must", "never"]
 Exchange = Literal["auto", "tokens", "weights"]
 Checkpointing = Literal["none", "non_reentrant", "reentrant"]
+StaticRule = Literal[
+    "temperature", "proportional", "uniform", "cap", "effective_number", "unimax", "explicit"
+]
+DynamicRule = Literal["none", "regret", "odm", "doge"]
+Batching = Literal["packed", "grouped", "padded"]
+TokenCache = Literal["auto", "always", "never"]
+Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
+TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
+Surgery = Literal["none", "pcgrad", "upgrad", "imtl_g", "mgda", "aligned_mtl", "cagrad", "nash_mtl"]
 
 
 @dataclass
@@ -70,16 +79,53 @@ class TaskOverride:
 
 
 @dataclass
+class DynamicMixSection:
+    """Shares that follow what the run measures: decided at block boundaries, in force from a later block."""
+
+    rule: DynamicRule = "none"
+    """`regret` answers the seesaw, `odm` follows the training loss (EXP3), `doge` the tasks' gradients."""
+    every_blocks: int = 1
+    """Blocks between two decisions."""
+    rate: float = 1.0
+    """Step size of a decision."""
+    smoothing: float = 0.9
+    """Of the measured rewards from decision to decision, in [0, 1): 0 keeps none of the past."""
+    low: float = 0.25
+    """A share is at least so many times the static rule's."""
+    high: float = 4.0
+    """A share is at most so many times the static rule's."""
+
+
+@dataclass
 class MixSection:
     """How tasks share the run."""
 
-    rule: Literal["temperature", "proportional", "uniform"] = "temperature"
+    rule: StaticRule = "temperature"
+    by: Literal["examples", "tokens"] = "examples"
+    """What a share counts: samples, or their tokens."""
     temperature: float = 2.0
-    """Share of a task is proportional to rows ** (1 / temperature)."""
+    """Rules `temperature` and `cap`: a share is proportional to size ** (1 / temperature)."""
+    temperature_from: Optional[float] = None
+    """Temperature of the first block; goes in equal steps of 1 / temperature to `temperature`."""
+    temperature_blocks: int = 16
+    """Blocks over which it does."""
+    cap: int = 16384
+    """Rule `cap` (T5): a larger size counts as this one."""
+    beta: float = 0.9999
+    """Rule `effective_number`: n (1 - beta) / (1 - beta ** n) has to suit the sizes."""
+    epochs: float = 4.0
+    """Rule `unimax`: epochs of any task at most."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Rule `explicit`: task -> share, on any scale; all tasks of the recipe."""
+    floor: float = 0.0
+    """Least share of any task with a positive weight."""
+    ceiling: float = 1.0
+    """Largest share of any task."""
     max_repeats: Optional[float] = 4.0
-    """Epochs of any task at most; its excess share flows to the others."""
+    """Epochs of any task at most, under every rule; its excess share flows to the others."""
     block: int = 1024
     """Samples over which shares are exact."""
+    dynamic: DynamicMixSection = field(default_factory=DynamicMixSection)
 
 
 @dataclass
@@ -90,12 +136,40 @@ class DataSection:
     """Mixture YAML, relative to the run file."""
     tasks: dict[str, TaskOverride] = field(default_factory=dict)
     mix: MixSection = field(default_factory=MixSection)
+    batching: Batching = "packed"
+    """`packed`: several samples in a row, kept apart by their positions; `grouped`: samples of like length
+    padded to the longest; `padded`: samples in the mixture's order. All train on the same samples."""
+    pack_length: Optional[int] = None
+    """Tokens of a packed row at most; null takes max_length."""
+    workers: int = 1
+    """Background threads that read, tokenise and pack; 0 does it between the steps."""
+    prefetch_steps: int = 4
+    """Steps that are made ready ahead, at most."""
+    token_cache: TokenCache = "auto"
+    """Keep a task's tokens on disk: `auto` where the run reads each of its rows at least once."""
     max_length: int = 512
     """Tokens of a sample at most; the prompt's middle is cut, never the target."""
     system_prompt: Optional[str] = "You are a medical expert. Answer exactly and briefly."
     """First message of the chat; null leaves it to the model's own template."""
     max_bad_fraction: float = 0.001
     """Share of unusable records per file above which the run refuses to start."""
+
+
+@dataclass
+class LossSection:
+    """How token losses become one number. The defaults keep the mixture's shares and nothing else."""
+
+    normalise: Normalise = "task_token_mean"
+    """`task_token_mean`: a task counts by its samples, however long their answers; `token_mean`: by its
+    target tokens; `example_mean`: each sample is the mean of its own tokens."""
+    task_weights: TaskWeighting = "none"
+    """Weights that follow the tasks' losses."""
+    temperature: float = 2.0
+    """Of `dwa`."""
+    rate: float = 0.025
+    """Step size of `uncertainty` and `famo`."""
+    surgery: Surgery = "none"
+    """Combine the tasks' gradients with `torchjd` (extra `surgery`): one backward pass per task."""
 
 
 @dataclass
@@ -107,7 +181,7 @@ class TrainingSection:
     global_batch: int = 32
     """Samples per optimizer step over all ranks; accumulation steps follow from it."""
     micro_batch: int = 8
-    """Samples per forward pass of one rank."""
+    """Rows per forward pass of one rank: samples, or packed rows of several samples."""
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
@@ -119,6 +193,7 @@ class TrainingSection:
     balance_over: Literal["global_batch", "micro_batch"] = "global_batch"
     """Tokens that the load-balance loss counts. `global_batch` costs a second forward pass when there are
     accumulation steps; `micro_batch` counts those that all ranks have at once."""
+    loss: LossSection = field(default_factory=LossSection)
     activation_checkpointing: Checkpointing = "none"
     """Keep only each block's input and compute the rest again in backward."""
     compile: bool = False
@@ -171,6 +246,8 @@ class CheckpointSection:
     """0 means only at the end."""
     keep: int = 2
     resume: ResumeMode = "auto"
+    accept_data_change: bool = False
+    """Go on although files of the mixture have changed since the checkpoint; the run is marked."""
 
 
 @dataclass

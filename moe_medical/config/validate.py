@@ -9,6 +9,8 @@ from pathlib import Path
 
 from moe_medical.config.presets import PRESETS, resolve_adapters
 from moe_medical.config.schema import RunConfig
+from moe_medical.config.validate_data import loader_problems, mix_problems
+from moe_medical.config.validate_loss import loss_problems
 from moe_medical.config.validate_parallel import deepspeed_problems, expert_parallel_problems
 from moe_medical.errors import Problem
 
@@ -38,7 +40,15 @@ _POSITIVE = ("training.learning_rate", "training.epsilon", "data.mix.temperature
 
 def validate(config: RunConfig) -> list[Problem]:
     """Every rule that the config breaks."""
-    return [*_ranges(config), *_batches(config), *_tasks(config), *_files(config), *_adapters(config)]
+    data = [*_tasks(config), *mix_problems(config.data), *loader_problems(config)]
+    return [
+        *_ranges(config),
+        *_batches(config),
+        *data,
+        *loss_problems(config),
+        *_files(config),
+        *_adapters(config),
+    ]
 
 
 def _ranges(config: RunConfig) -> Iterator[Problem]:
