@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan_options(plan)
     _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
     _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
+    _add_data_verbs(verbs)
     generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
     generate.add_argument("adapter", type=Path, help="adapter folder")
     generate.add_argument(
@@ -85,6 +86,21 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=_positive, help="ranks of each; parallel.ranks where not given")
     parser.add_argument("--gpu-memory", type=_positive, default=80, metavar="GIB", help="of each rank")
     parser.add_argument("--shape", help="plan for this model: a name such as llama-70b, or a config.json")
+    parser.add_argument("--compare", action="store_true", help="show all mixing rules side by side")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a bar chart of all rules there")
+
+
+def _add_data_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
+    data = verbs.add_parser("data", help="look at the data of a recipe")
+    check = data.add_subparsers(required=True, metavar="VERB", parser_class=_Parser).add_parser(
+        "check", help="rows, lengths, labels, duplicates, train/test overlap, licences and bad records"
+    )
+    check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    check.add_argument("--base", help="base model whose tokens are counted; characters without it")
+    check.add_argument("--max-length", type=_positive, metavar="TOKENS", help="tell the share above it")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
+    check.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts there")
+    check.set_defaults(verb=_data_check)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,11 +124,15 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 def _plan(options: argparse.Namespace) -> int:
     from moe_medical.training.layout_plan import Machines
+    from moe_medical.training.mix_report import write_chart
     from moe_medical.training.plan import make_plan, show_plan
 
     config = _config(options)
     machines = Machines(options.nodes, options.gpus or config.parallel.ranks, options.gpu_memory)
-    show_plan(make_plan(config, machines, options.shape))
+    plan = make_plan(config, machines, options.shape)
+    show_plan(plan, options.compare)
+    if options.html:
+        write_chart(plan.rules, options.html)
     return 0
 
 
@@ -133,6 +153,13 @@ def _train(options: argparse.Namespace) -> int:
     die_with_supervisor()
     options.overrides.append(f"parallel.ranks={launched_ranks()}")
     train_and_report(_config(options))
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from moe_medical.training.data_check import run_data_check
+
+    run_data_check(options.recipe, options.base, options.max_length, options.json, options.html)
     return 0
 
 

@@ -62,7 +62,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], footer: Se
         table.add_column(column, footer=end, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(table)
     console.print()
 

@@ -165,7 +165,9 @@ class LossSection:
     task_weights: TaskWeighting = "none"
     """Weights that follow the tasks' losses."""
     temperature: float = 2.0
-    """Of `dwa`."""
+    """Of `dwa`: larger is more even."""
+    window: int = 50
+    """Of `dwa`: steps over which it averages a loss before it compares."""
     rate: float = 0.025
     """Step size of `uncertainty` and `famo`."""
     surgery: Surgery = "none"

@@ -1,13 +1,72 @@
-"""Rules of the `training.loss` section that types cannot say."""
+"""Rules of the `training.loss` section that types cannot say; layouts that can tell tasks' gradients apart.
+
+Gradients of single tasks are found by several backward passes over one graph, as many as the micro-batch has
+tasks. What is refused here was seen to fail with torch 2.13 and DeepSpeed 0.19.8; each rule says how.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterator
 
+from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig
 from moe_medical.errors import Problem
+
+_SOLVERS = {
+    "upgrad": (("qpsolvers", "quadprog"), "quadprog_projector"),
+    "cagrad": (("cvxpy", "clarabel"), "cagrad"),
+    "nash_mtl": (("cvxpy", "ecos"), "nash_mtl"),
+}
+"""Rules of torchjd 0.18 that solve a program: packages that do it, and the extra of torchjd that has them."""
 
 
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
     """Problems of `training.loss`."""
-    yield from ()
+    loss = config.training.loss
+    if not 0 < loss.temperature < math.inf:
+        yield Problem("training.loss.temperature", "must be finite and > 0", loss.temperature)
+    if not 0 < loss.rate <= 1:
+        yield Problem("training.loss.rate", "must be in (0, 1]", loss.rate)
+    if loss.window < 1:
+        yield Problem("training.loss.window", "must be at least 1", loss.window)
+    if loss.surgery != "none":
+        yield from _surgery_problems(config)
+
+
+def task_gradient_problems(config: RunConfig, key: str, value: str) -> Iterator[Problem]:
+    """Why this layout cannot tell the gradients of single tasks, which `key` asks for."""
+    if config.parallel.ep_size > 1:
+        rule = "must not be used with parallel.ep_size > 1: ranks with other tasks would wait for each other"
+        yield Problem(key, rule, value, "Use ep_size 1.")
+    if _zero_stage(config) == 3:
+        rule = "must not be used with ZeRO-3: gradients of partitioned parameters come back empty"
+        yield Problem(key, rule, value, "Use a DeepSpeed JSON of stage 0, 1 or 2.")
+    if config.training.activation_checkpointing == "reentrant":
+        rule = "must not be used with reentrant activation checkpointing: it hides the adapters from autograd"
+        yield Problem(key, rule, value, "Use training.activation_checkpointing=non_reentrant.")
+    if config.training.compile:
+        rule = "must not be used with training.compile: compiled blocks have one backward pass only"
+        yield Problem(key, rule, value, "Use compile=false.")
+
+
+def _surgery_problems(config: RunConfig) -> Iterator[Problem]:
+    key, loss = "training.loss.surgery", config.training.loss
+    yield from task_gradient_problems(config, key, loss.surgery)
+    if loss.task_weights != "none":
+        rule = "must not be used with training.loss.task_weights: both scale the tasks' gradients"
+        yield Problem(key, rule, loss.surgery, "Set one of the two to none.")
+    solvers, extra = _SOLVERS.get(loss.surgery, ((), ""))
+    missing = [name for name in ("torchjd", *solvers) if importlib.util.find_spec(name) is None]
+    if missing:
+        package = f"torchjd[{extra}]==0.18.0" if extra else "torchjd==0.18.0"
+        rule = f"must find the packages that it needs; missing: {', '.join(missing)}"
+        yield Problem(key, rule, loss.surgery, f'Run: pip install "{package}".')
+
+
+def _zero_stage(config: RunConfig) -> int:
+    try:
+        return zero_stage(read_deepspeed(config.parallel.deepspeed))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0  # what is wrong with the JSON is told elsewhere

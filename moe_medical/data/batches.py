@@ -1,20 +1,24 @@
-"""Encoded examples -> tensors, and the micro-batches of each step of each rank.
+"""The samples of a step -> the micro-batches of one rank, as tensors.
 
-Rows are padded on the left, so that all targets end at the last column: the language-model head then
-runs on the last few positions only. A rank reads a contiguous slice of each global batch and sorts it
-by length into its micro-batches; which samples make a global batch depends on the plan alone.
+    packed    rows of several samples, kept apart by positions that start again; padding is one of its own
+    grouped   one sample a row, padded on the left to the longest of its micro-batch, of like lengths
+    padded    the same, in the mixture's order
+
+All three lay out the same samples. Which samples make a step depends on the plan alone, not on the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from moe_medical.config.schema import Batching
 from moe_medical.data.formats import ChatFormat, Encoded
-from moe_medical.data.mixture import MixPlan
+from moe_medical.data.mixture import MixPlan, SampleRef
+from moe_medical.data.packing import Rows, deal, pack
 from moe_medical.data.tasks import TaskData
 
 IGNORE = -100
@@ -29,18 +33,30 @@ class Batch:
     token_mask_BS: torch.Tensor
     """True where there is a token, False on padding."""
     position_ids_BS: torch.Tensor
+    """Of a token in its sample."""
     labels_BS: torch.Tensor
     """The token itself on target positions, IGNORE elsewhere."""
     task_ids_BS: torch.Tensor
-    num_target_columns: int
-    """Columns at the right end that hold all targets."""
+    sample_targets_BS: torch.Tensor
+    """Target tokens of the sample that a position belongs to."""
+    target_columns_C: torch.Tensor
+    """Columns in which some row has a target, ascending; shape (C,)."""
     num_truncated: int
-    """Rows whose prompt was cut to fit."""
+    """Samples whose prompt was cut to fit."""
+    packed: bool
+    """Whether positions alone keep samples apart; else a row is one sample and the mask hides its padding."""
 
     def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while it computes."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {
-            name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor)
+            name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)
         }
         return replace(self, **tensors)
 
@@ -52,59 +68,122 @@ class Batch:
         """Supervised tokens of each task, shape (num_tasks,)."""
         return torch.bincount(self.task_ids_BS[self.labels_BS != IGNORE], minlength=num_tasks)
 
-    def rows_per_task(self, num_tasks: int) -> torch.Tensor:
+    def samples_per_task(self, num_tasks: int) -> torch.Tensor:
         """Samples of each task, shape (num_tasks,)."""
-        return torch.bincount(self.task_ids_BS[:, 0], minlength=num_tasks)
+        starts = self.token_mask_BS & (self.position_ids_BS == 0)
+        return torch.bincount(self.task_ids_BS[starts], minlength=num_tasks)
 
 
 def collate(rows: Sequence[Encoded], task_ids: Sequence[int], pad_id: int) -> Batch:
-    """Left-pad encoded rows into one batch."""
+    """One sample a row, padded on the left, so that all targets end at the last column."""
     length = max(len(r.input_ids) for r in rows)
-    ids = torch.full((len(rows), length), pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    labels = torch.full((len(rows), length), IGNORE)
-    for i, row in enumerate(rows):
-        start = length - len(row.input_ids)
-        tokens = torch.tensor(row.input_ids)
-        ids[i, start:], mask[i, start:] = tokens, True
-        labels[i, start + row.num_prompt_tokens :] = tokens[row.num_prompt_tokens :]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    tasks = torch.tensor(task_ids).unsqueeze(1).expand(-1, length).contiguous()
-    widest = max(len(r.input_ids) - r.num_prompt_tokens for r in rows)
-    truncated = sum(r.num_truncated > 0 for r in rows)
-    return Batch(ids, mask, positions, labels, tasks, widest, truncated)
+    return _batch([[(row, task)] for row, task in zip(rows, task_ids, strict=True)], length, pad_id, False)
+
+
+def collate_packed(rows: Sequence[Sequence[tuple[Encoded, int]]], pad_id: int) -> Batch:
+    """Rows of (sample, task) one behind the other, padded on the right."""
+    length = max(sum(len(sample.input_ids) for sample, _ in row) for row in rows)
+    return _batch(rows, length, pad_id, True)
+
+
+def _batch(rows: Sequence[Sequence[tuple[Encoded, int]]], length: int, pad_id: int, packed: bool) -> Batch:
+    shape = (len(rows), length)
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    positions, tasks, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    for b, row in enumerate(rows):
+        sizes = [len(sample.input_ids) for sample, _ in row]
+        end = 0 if packed else length - sum(sizes)
+        tasks[b] = row[-1][1]  # padding too: a task id must be one
+        for (sample, task), size in zip(row, sizes, strict=True):
+            start, end = end, end + size
+            border = start + sample.num_prompt_tokens
+            ids[b, start:end] = torch.as_tensor(sample.input_ids)
+            labels[b, border:end] = ids[b, border:end]
+            mask[b, start:end] = True
+            positions[b, start:end] = torch.arange(size)
+            tasks[b, start:end] = task
+            targets[b, start:end] = end - border
+        if packed:
+            positions[b, end:] = torch.arange(length - end)
+    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
+    truncated = sum(sample.num_truncated > 0 for row in rows for sample, _ in row)
+    return Batch(ids, mask, positions, labels, tasks, targets, columns, truncated, packed)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a step is cut up."""
+
+    global_batch: int
+    """Samples of a step over all ranks."""
+    micro_batch: int
+    """Rows of a forward pass at most."""
+    rank: int
+    world_size: int
+    batching: Batching
+    pack_length: int
+    """Tokens of a packed row at most."""
 
 
 class TrainingBatches:
-    """The micro-batches of one rank, a pure function of the plan and the step."""
+    """The micro-batches of one rank, a pure function of the plan and the step.
 
-    def __init__(
-        self,
-        plan: MixPlan,
-        tasks: Sequence[TaskData],
-        chat: ChatFormat,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._plan, self._tasks, self._chat = plan, tasks, chat
-        self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._share = global_batch // world_size
-        self._offset = rank * self._share
+    `samples` reads the plan and belongs to one thread; `lay_out` may run in any.
+    """
+
+    def __init__(self, plan: MixPlan, tasks: Sequence[TaskData], chat: ChatFormat, shape: BatchShape) -> None:
+        self._plan, self._tasks, self._chat, self._shape = plan, tasks, chat, shape
 
     def step(self, step: int) -> list[Batch]:
-        """Micro-batches of this rank for one optimizer step (counted from 0)."""
-        first = step * self._global_batch + self._offset
-        refs = [self._plan.at(g) for g in range(first, first + self._share)]
-        rows = [(self._encode(ref.task, ref.row), ref.task) for ref in refs]
-        rows.sort(key=lambda pair: len(pair[0].input_ids))
-        cuts = range(0, len(rows), self._micro_batch)
-        return [self._collate(rows[i : i + self._micro_batch]) for i in cuts]
+        """Micro-batches of this rank for step `step`, counted from 0; every rank has equally many."""
+        return self.lay_out(self.samples(step))
 
-    def _encode(self, task: int, row: int) -> Encoded:
-        example = self._tasks[task].train[row]
-        return self._chat.encode(example.prompt, example.target)
+    def samples(self, step: int) -> list[SampleRef]:
+        """The samples of a step over all ranks."""
+        first = step * self._shape.global_batch
+        return [self._plan.at(g) for g in range(first, first + self._shape.global_batch)]
 
-    def _collate(self, rows: Sequence[tuple[Encoded, int]]) -> Batch:
-        return collate([r for r, _ in rows], [t for _, t in rows], self._chat.pad_id)
+    def lay_out(self, samples: Sequence[SampleRef]) -> list[Batch]:
+        """This rank's micro-batches of a step's samples."""
+        shape = self._shape
+        lengths = self._lengths(samples)
+        rows: Rows = [[i] for i in range(len(samples))]
+        if shape.batching == "packed":
+            rows = pack(lengths, shape.pack_length, shape.world_size)
+        dealt = deal(rows, lengths, shape.micro_batch, shape.world_size, shape.batching == "padded")
+        mine = dealt[shape.rank :: shape.world_size]
+        encoded = self._encoded(samples, [i for batch in mine for row in batch for i in row])
+        return [self._collate([[encoded[i] for i in row] for row in batch]) for batch in mine]
+
+    def _collate(self, rows: Sequence[Sequence[tuple[Encoded, int]]]) -> Batch:
+        if self._shape.batching == "packed":
+            return collate_packed(rows, self._chat.pad_id)
+        return collate([row[0][0] for row in rows], [row[0][1] for row in rows], self._chat.pad_id)
+
+    def _lengths(self, samples: Sequence[SampleRef]) -> list[int]:
+        if self._shape.batching == "padded":
+            return [0] * len(samples)  # the order does not depend on them
+        lengths = [0] * len(samples)
+        for task, numbers in _by_task(samples, range(len(samples))).items():
+            found = self._tasks[task].tokens.lengths([samples[i].row for i in numbers])
+            for i, length in zip(numbers, found, strict=True):
+                lengths[i] = length
+        return lengths
+
+    def _encoded(
+        self, samples: Sequence[SampleRef], numbers: Sequence[int]
+    ) -> dict[int, tuple[Encoded, int]]:
+        """Sample number -> its tokens and its task."""
+        encoded: dict[int, tuple[Encoded, int]] = {}
+        for task, mine in _by_task(samples, numbers).items():
+            rows = self._tasks[task].tokens.encoded([samples[i].row for i in mine])
+            encoded |= {i: (row, task) for i, row in zip(mine, rows, strict=True)}
+        return encoded
+
+
+def _by_task(samples: Sequence[SampleRef], numbers: Iterable[int]) -> dict[int, list[int]]:
+    tasks: dict[int, list[int]] = {}
+    for i in numbers:
+        tasks.setdefault(samples[i].task, []).append(i)
+    return tasks

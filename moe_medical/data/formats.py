@@ -15,8 +15,11 @@ Does not pad or make tensors: see `batches.py`. Imports neither torch nor transf
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +121,52 @@ class ChatFormat:
         prompt_ids, num_truncated = self._prompt_ids(prompt.strip(), len(target_ids))
         return Encoded(prompt_ids + target_ids, len(prompt_ids), num_truncated)
 
+    def encode_many(self, samples: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """`encode` of many (prompt, target) pairs, on all cores and without Python's lock.
+
+        Raises:
+            TargetTooLong: where the target of one of them does not fit.
+        """
+        frame, border = self._frame, len(self._footer_ids)
+        pairs = [(prompt.strip(), target.strip()) for prompt, target in samples]
+        starts = self._many_ids([frame.header + prompt + frame.footer for prompt, _ in pairs])
+        ends = self._many_ids([frame.footer + frame.lead + target + frame.tail for _, target in pairs])
+        encoded = []
+        for (prompt, target), start, end in zip(pairs, starts, ends, strict=True):
+            size = len(end) - border
+            fits = size <= self.max_target_tokens and len(start) + size <= self.max_length
+            if fits and end[:border] == self._footer_ids:
+                encoded.append(Encoded(start + end[border:], len(start), 0))
+            else:  # too long, or merged over the border
+                encoded.append(self.encode(prompt, target))
+        return encoded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that tokens of a text depend on."""
+        frame = self._frame
+        settings = [frame.header, frame.footer, frame.lead, frame.tail, self.max_length]
+        text = json.dumps([self._tokenizer.to_str(), settings])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def fits(self, target: str) -> bool:
         """Whether `encode` takes this target."""
-        completion = self._frame.lead + target.strip() + self._frame.tail
+        return self.fits_many([target])[0]
+
+    def fits_many(self, targets: Sequence[str]) -> list[bool]:
+        """`fits` of many targets, on all cores."""
+        frame, border, most = self._frame, len(self._footer_ids), self.max_target_tokens
+        completions = [frame.lead + target.strip() + frame.tail for target in targets]
         # No token is less than a character of ASCII, so most targets need no tokenizer.
-        if completion.isascii() and len(completion) < self.max_target_tokens:
-            return True
-        return len(self._target_ids(target.strip())) <= self.max_target_tokens
+        fits = [text.isascii() and len(text) < most for text in completions]
+        unknown = [i for i, known in enumerate(fits) if not known]
+        for i, ids in zip(
+            unknown, self._many_ids([frame.footer + completions[i] for i in unknown]), strict=True
+        ):
+            merged = ids[:border] != self._footer_ids
+            size = len(self._target_ids(targets[i].strip())) if merged else len(ids) - border
+            fits[i] = size <= most
+        return fits
 
     def encode_prompt(self, prompt: str, reserve: int = 0) -> list[int]:
         """Tokens that generation starts from: the assistant's header is the end.
@@ -146,6 +188,10 @@ class ChatFormat:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _many_ids(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _target_ids(self, target: str) -> list[int]:
         completion = self._frame.lead + target + self._frame.tail

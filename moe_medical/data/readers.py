@@ -1,15 +1,16 @@
 """Files -> raw records: JSONL, JSON, CSV, TSV, Parquet.
 
 Decisions: a record that cannot be parsed is yielded with a reason; a file that cannot be parsed as a whole
-is a DataError. A line is counted from 1; in JSON and Parquet it is the record's number. No message quotes
-the file. CSV and TSV have a header line and quotes as spreadsheets write them.
+is a DataError. A line is counted from 1; in a JSON list and in Parquet it is the record's number. No message
+quotes the file. CSV and TSV have quotes as spreadsheets write them, and a header line unless the columns are
+named. A `.json` of several lines whose first is an object is JSON Lines, as several public sets name it so.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +32,20 @@ class Raw(NamedTuple):
     reason: str = ""
 
 
-def read_file(file: Path, where: str) -> Iterator[Raw]:
+def read_file(file: Path, where: str, header: Sequence[str] | None = None) -> Iterator[Raw]:
     """Yields the records of a file by its suffix.
 
     Args:
         file: Its suffix is one of `recipe.SUFFIXES`.
         where: Task YAML and key, for messages.
+        header: Names of the columns of a CSV or TSV that has no header line.
 
     Raises:
         DataError: where the file as a whole cannot be read.
     """
     reader = _READERS.get(file.suffix)
+    if header is not None and file.suffix in _DELIMITERS:
+        reader = _read_table(_DELIMITERS[file.suffix], header)
     if reader is None:
         raise DataError(f"{where}: {file} must end in {', '.join(_READERS)}.")
     try:
@@ -53,6 +57,15 @@ def read_file(file: Path, where: str) -> Iterator[Raw]:
     else:
         return
     raise DataError(f"{where}: cannot read {file} ({reason}).") from None
+
+
+def complete_records(
+    records: Iterable[Raw], others: Mapping[str, Mapping[str, Any]], column: str
+) -> Iterator[Raw]:
+    """The records, each with what `others` holds under its value of `column`."""
+    for raw in records:
+        other = others.get(str(raw.row.get(column))) if raw.row is not None else None
+        yield raw._replace(row={**(raw.row or {}), **other}) if other else raw
 
 
 class _Unreadable(Exception):
@@ -86,6 +99,9 @@ def _object(number: int, data: bytes, value: Any) -> Raw:
 
 
 def _read_json(file: Path) -> Iterator[Raw]:
+    if _is_json_lines(file):
+        yield from _read_jsonl(file)
+        return
     try:
         records = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -100,14 +116,22 @@ def _read_json(file: Path) -> Iterator[Raw]:
         yield _object(number, json.dumps(value, sort_keys=True).encode(), value)
 
 
-def _read_table(delimiter: str) -> Callable[[Path], Iterator[Raw]]:
+def _is_json_lines(file: Path) -> bool:
+    with file.open("rb") as stream:
+        lines = (line for line in stream if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    whole = _parse_line(1, first.removeprefix(_BOM).strip()) if second else None
+    return whole is not None and whole.row is not None
+
+
+def _read_table(delimiter: str, columns: Sequence[str] | None = None) -> Callable[[Path], Iterator[Raw]]:
     def read(file: Path) -> Iterator[Raw]:
         csv.field_size_limit(max(_MAX_CELL, csv.field_size_limit()))
         # surrogateescape keeps the line of a byte that is not UTF-8, to be found again below
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             rows = csv.reader(stream, delimiter=delimiter, strict=True)
             try:
-                header = next(rows, [])
+                header = next(rows, []) if columns is None else list(columns)
                 if len(set(header)) != len(header):
                     raise _Unreadable("the header names a column twice")
                 for cells in rows:
@@ -155,11 +179,11 @@ def _parquet_row(number: int, batch: Any) -> Raw:
     return Raw(number, json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"), row)
 
 
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_table(","),
-    ".tsv": _read_table("\t"),
+    **{suffix: _read_table(delimiter) for suffix, delimiter in _DELIMITERS.items()},
     ".parquet": _read_parquet,
 }

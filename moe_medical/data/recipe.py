@@ -3,7 +3,7 @@
 Decisions: one YAML per task, one YAML per mixture that names tasks by path or glob. Paths in a task YAML
 are relative to that YAML. A glob must match something and no two tasks share a name. Templates know
 `{column}` and nothing else: no attributes, indices or format specs, so a recipe from elsewhere cannot reach
-into Python objects.
+into Python objects. Prompt, target and metric may be left out and are then the kind's (`kinds.py`).
 Does not look at the data: whether files and columns exist is found by `sources.load_split`.
 """
 
@@ -12,54 +12,32 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_medical.data.kinds import KINDS, KNOWN_METRICS, Kind
+from moe_medical.data.published import FORMATS
+from moe_medical.data.source_keys import (
+    SPLITS,
+    SUFFIXES,
+    BuilderSource,
+    FilesSource,
+    HubSource,
+    Source,
+    SourceKeys,
+    read_source,
+)
 from moe_medical.data.yaml_keys import Problems, read_keys, suggest
+from moe_medical.errors import ConfigError, Problem
 
-KINDS = (
-    *("generation", "classification", "multiple_choice", "yes_no", "normalisation", "set", "ner", "relation"),
-    *("similarity", "summarisation", "dialogue"),
-)
-KNOWN_METRICS = (
-    *("exact_match", "accuracy", "macro_f1", "micro_f1", "set_f1", "entity_f1", "token_f1", "f1_yes"),
-    *("rouge_l", "rouge_l_char", "bleu4_char", "spearman", "pearson"),
-)
-SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+__all__ = ["SPLITS", "SUFFIXES", "BuilderSource", "FilesSource", "HubSource", "Source"]
+__all__ += ["HygieneSettings", "Mixture", "TaskSpec", "check_text_only", "load_mixture", "load_recipe"]
+__all__ += ["load_task", "parse_template", "template_columns"]
+
+DUPLICATES = ("keep", "drop")
 YAML_SUFFIXES = (".yaml", ".yml")
-
-
-@dataclass(frozen=True)
-class BuilderSource:
-    """Rows that the package makes itself from an embedded terminology."""
-
-    name: str
-    """`terminology/task`, for example `icd10cm/code_to_description`."""
-
-
-@dataclass(frozen=True)
-class FilesSource:
-    """Rows in local files."""
-
-    patterns: Mapping[str, tuple[str, ...]]
-    """Split -> absolute paths or globs."""
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """Rows that `datasets.load_dataset` reads: a hub id, or a local folder."""
-
-    name: str
-    config: str | None
-    revision: str | None
-    splits: Mapping[str, str]
-    """Our split -> its name in the data set."""
-
-
-Source = BuilderSource | FilesSource | HubSource
 
 
 @dataclass(frozen=True)
@@ -78,6 +56,14 @@ class TaskSpec:
     """Column with the list of options, or the label set."""
     id: str | None = None
     """Column with the record's identity; None numbers the records."""
+    format: str | None = None
+    """The published format of the records, a name in `published.FORMATS`; None takes them as they are."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """Column -> the value, or list of values, of the records that are of this task."""
+    image: str | None = None
+    """Column with the name of the record's image; None is a task of text."""
+    images: Path | None = None
+    """Folder of the images, absolute; None where there are none."""
     licence: str = ""
     citation: str = ""
     attribution: str = ""
@@ -91,33 +77,26 @@ class TaskSpec:
     """Epochs of the task at most; None takes the mixture's."""
 
 
-@dataclass
-class _FilesKeys:
-    train: Any = None
-    validation: Any = None
-    test: Any = None
+@dataclass(frozen=True)
+class HygieneSettings:
+    """What a mixture does about rows that are there more than once. The default changes nothing."""
+
+    duplicates: str = "keep"
+    """Training rows equal to an earlier row of the task: keep or drop."""
+    near_duplicates: str = "keep"
+    overlap: str = "keep"
+    """Training rows that an evaluation split has as well: keep or drop."""
+    threshold: float = 0.8
+    """Least Jaccard similarity of near-duplicates, in (0, 1]."""
 
 
-@dataclass
-class _SplitKeys:
-    train: str = "train"
-    validation: str | None = "validation"
-    test: str | None = "test"
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture YAML with its tasks."""
 
-
-@dataclass
-class _HubKeys:
-    name: str = ""
-    config: str | None = None
-    revision: str | None = None
-    splits: _SplitKeys = field(default_factory=_SplitKeys)
-
-
-@dataclass
-class _SourceKeys:
-    builder: str | None = None
-    files: _FilesKeys | None = None
-    hub: _HubKeys | None = None
+    name: str
+    tasks: list[TaskSpec]
+    hygiene: HygieneSettings
 
 
 @dataclass
@@ -125,11 +104,15 @@ class _TaskKeys:
     name: str = ""
     kind: str = ""
     metric: str = ""
-    source: _SourceKeys = field(default_factory=_SourceKeys)
+    source: SourceKeys = field(default_factory=SourceKeys)
     prompt: str = ""
     target: str = ""
     choices: str | None = None
     id: str | None = None
+    format: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    images: str | None = None
     licence: str = ""
     citation: str = ""
     attribution: str = ""
@@ -141,13 +124,22 @@ class _TaskKeys:
 
 
 @dataclass
+class _HygieneKeys:
+    duplicates: str = "keep"
+    near_duplicates: str = "keep"
+    overlap: str = "keep"
+    threshold: float = 0.8
+
+
+@dataclass
 class _MixtureKeys:
     name: str = ""
     tasks: list[str] = field(default_factory=list)
+    hygiene: _HygieneKeys = field(default_factory=_HygieneKeys)
 
 
-def load_recipe(path: Path) -> list[TaskSpec]:
-    """The tasks of a mixture YAML, in its order, each file once.
+def load_mixture(path: Path) -> Mixture:
+    """A mixture YAML and its tasks, in its order, each file once.
 
     Raises:
         ConfigError: with every problem of the mixture and of all its task files; the path of a problem
@@ -158,8 +150,27 @@ def load_recipe(path: Path) -> list[TaskSpec]:
     files = _task_files(path, keys, found) if keys else []
     specs = [spec for file in files if (spec := _load_task(file, found)) is not None]
     _check_names_differ(specs, found)
+    hygiene = _hygiene(keys.hygiene, path, found) if keys else HygieneSettings()
     found.raise_if_any(path)
-    return specs
+    return Mixture(keys.name if keys else "", specs, hygiene)
+
+
+def load_recipe(path: Path) -> list[TaskSpec]:
+    """The tasks of a mixture YAML; raises ConfigError as `load_mixture` does."""
+    return load_mixture(path).tasks
+
+
+def check_text_only(specs: Sequence[TaskSpec], recipe: Path) -> None:
+    """Refuses tasks of images where only text would reach the model.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    names = [spec.name for spec in specs if spec.image is not None]
+    if names:
+        rule = f"must hold tasks of text only, as no vision tower reads the images of {', '.join(names)}"
+        fix = "Leave these tasks out; `moe-medical data check` reads them."
+        raise ConfigError(str(recipe), [Problem(f"{recipe}: tasks", rule, fix=fix)])
 
 
 def load_task(path: Path) -> TaskSpec:
@@ -216,20 +227,51 @@ def _load_task(path: Path, found: Problems) -> TaskSpec | None:
     keys = read_keys(path, _TaskKeys, found)
     if keys is None:
         return None
+    _take_defaults(keys, path, found)
     _check_words(keys, path, found)
     _check_numbers(keys, path, found)
     _check_templates(keys, path, found)
-    source = _source(keys.source, path, found)
+    source = read_source(keys.source, path, found)
     given = {f: getattr(keys, f) for f in _TaskKeys.__dataclass_fields__}
-    return TaskSpec(**{**given, "path": path, "source": source, "tags": tuple(keys.tags)})
+    images = path.parent.absolute() / Path(keys.images or ".").expanduser() if keys.image else None
+    given |= {"path": path, "source": source, "tags": tuple(keys.tags), "images": images}
+    return TaskSpec(**given)
+
+
+def _take_defaults(keys: _TaskKeys, path: Path, found: Problems) -> None:
+    """Fills prompt, target, metric and choices from the kind where they are left out."""
+    kind = KINDS.get(keys.kind)
+    if kind is None:
+        found.check_known(keys.kind, tuple(KINDS), f"{path}: kind")
+        kind = Kind({}, "", ())
+    elif not keys.prompt and kind.prompt(keys.language, keys.choices is not None) is None:
+        rule = f"must be given: kind {keys.kind} has prompts in {', '.join(kind.prompts)} only"
+        found.add(f"{path}: prompt", rule, keys.language)
+    keys.prompt = keys.prompt or kind.prompt(keys.language, keys.choices is not None) or ""
+    keys.target = keys.target or kind.target
+    if not keys.metric and kind.metrics:
+        keys.metric = kind.metric(keys.language)
+    if keys.choices is None and "{options_" in keys.prompt:
+        keys.choices = "choices"
 
 
 def _check_words(keys: _TaskKeys, path: Path, found: Problems) -> None:
     found.check(bool(keys.name), f"{path}: name", "must be given")
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", keys.name or "x")
     found.check(bool(plain), f"{path}: name", "may hold only letters, digits, '_' and '-'", keys.name)
-    found.check_known(keys.kind, KINDS, f"{path}: kind")
-    found.check_known(keys.metric, KNOWN_METRICS, f"{path}: metric")
+    suited = KINDS[keys.kind].metrics if keys.kind in KINDS else KNOWN_METRICS
+    if keys.metric in KNOWN_METRICS and keys.metric not in suited:
+        rule = f"must be one that suits kind {keys.kind}"
+        found.add(f"{path}: metric", rule, keys.metric, f"One of: {', '.join(suited)}.")
+    else:
+        found.check_known(keys.metric, KNOWN_METRICS, f"{path}: metric")
+    if keys.format is not None:
+        found.check_known(keys.format, tuple(FORMATS), f"{path}: format")
+    found.check(
+        keys.images is None or keys.image is not None,
+        f"{path}: images",
+        "needs image, the column of their names",
+    )
     tag = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", keys.language)
     found.check(bool(tag), f"{path}: language", "must be a language tag such as en or zh", keys.language)
 
@@ -252,39 +294,9 @@ def _check_templates(keys: _TaskKeys, path: Path, found: Problems) -> None:
         found.check(bool(columns), where, "must use at least one {column}", text)
 
 
-def _source(keys: _SourceKeys, path: Path, found: Problems) -> Source:
-    given = [name for name in ("builder", "files", "hub") if getattr(keys, name) is not None]
-    where = f"{path}: source"
-    got = ", ".join(given) or "none"
-    found.check(len(given) == 1, where, "must be exactly one of builder, files, hub", got)
-    if keys.files is not None:
-        return FilesSource(_patterns(keys.files, path, found))
-    if keys.hub is not None:
-        return _hub(keys.hub, f"{where}.hub", found)
-    named = keys.builder is None or re.fullmatch(r"[\w-]+/[\w-]+", keys.builder)
-    found.check(bool(named), f"{where}.builder", "must be terminology/task", keys.builder)
-    return BuilderSource(keys.builder or "")
-
-
-def _hub(keys: _HubKeys, where: str, found: Problems) -> HubSource:
-    found.check(bool(keys.name), f"{where}.name", "must be given")
-    splits = {s: name for s in SPLITS if (name := getattr(keys.splits, s))}
-    found.check("train" in splits, f"{where}.splits.train", "must be given")
-    return HubSource(keys.name, keys.config, keys.revision, splits)
-
-
-def _patterns(keys: _FilesKeys, path: Path, found: Problems) -> dict[str, tuple[str, ...]]:
-    found.check(keys.train is not None, f"{path}: source.files.train", "must be given")
-    patterns = {}
-    for split in SPLITS:
-        value, where = getattr(keys, split), f"{path}: source.files.{split}"
-        entries = [value] if isinstance(value, str) else value
-        if value is None:
-            continue
-        if not isinstance(entries, list) or not entries or not all(e and isinstance(e, str) for e in entries):
-            found.add(where, "must be a path or a list of paths", value)
-            continue
-        for entry in entries:
-            found.check(entry.endswith(SUFFIXES), where, f"must end in {', '.join(SUFFIXES)}", entry)
-        patterns[split] = tuple(str(path.parent.absolute() / Path(e).expanduser()) for e in entries)
-    return patterns
+def _hygiene(keys: _HygieneKeys, path: Path, found: Problems) -> HygieneSettings:
+    for key in ("duplicates", "near_duplicates", "overlap"):
+        found.check_known(getattr(keys, key), DUPLICATES, f"{path}: hygiene.{key}")
+    rule = "must be a number above 0 and at most 1"
+    found.check(0 < keys.threshold <= 1, f"{path}: hygiene.threshold", rule, keys.threshold)
+    return HygieneSettings(keys.duplicates, keys.near_duplicates, keys.overlap, keys.threshold)

@@ -1,26 +1,34 @@
 """Task spec -> examples of one split, with unusable records set aside and every file fingerprinted.
 
 Decisions: one path for all formats: a reader yields raw records with their line, a spec turns a record into
-an `Example` or into a `BadRecord` that tells where and why, never what it said. The share of bad records is
-limited per file. An embedded terminology is a builder of JSONL files and then is read like any other file.
-Does not shuffle, tokenise or keep raw records, and never runs code that comes with a data set.
+an `Example` or into a `BadRecord` that tells where and why, never what it said. What comes out is kept on
+disk (`rows.py`) under the hash of what went in, so a second run reads the source only to hash it, and a
+source that has not been touched not even for that. The share of bad records is limited per file. An embedded
+terminology is a builder of JSONL files and then is read like any other file.
+A `.json` list and a single record have to fit into memory; a split does not.
+Does not shuffle or tokenise, and never runs code that comes with a data set.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_medical.data.readers import Raw, read_file
+from moe_medical.cache import default_cache
+from moe_medical.data.columns import image_finder, row_maker
+from moe_medical.data.fingerprints import Fingerprint, Fingerprinter, fingerprint_file
+from moe_medical.data.published import BadShape
+from moe_medical.data.readers import Raw, complete_records, read_file
 from moe_medical.data.recipe import (
+    SPLITS,
     BuilderSource,
     FilesSource,
     HubSource,
@@ -28,45 +36,27 @@ from moe_medical.data.recipe import (
     parse_template,
     template_columns,
 )
-from moe_medical.digest import sha256_file
+from moe_medical.data.rows import BadRecord, Example, RowWriter, TextRows, record_digest
+from moe_medical.data.store import code_key, content_key, published
 from moe_medical.errors import DataError
 
+__all__ = ["BadRecord", "Example", "Split", "load_split", "row_settings", "splits_of"]
+
 LIST_SEPARATOR = "; "
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One record as text, ready for the chat format."""
-
-    task: str
-    id: str
-    prompt: str
-    target: str
-    choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BadRecord:
-    """Where a record is that was set aside, and why. Never its text."""
-
-    file: str
-    line: int
-    reason: str
-    digest: str
-    """First 12 hex digits of the sha256 of the raw record."""
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.reason}:{self.digest}"
+_CODE = code_key("sources", "columns", "published", "readers", "rows", "store")
+_NO_MATTER = {"name", "kind", "metric", "path", "source", "licence", "citation", "attribution"}
+_NO_MATTER |= {"tags", "phi", "weight", "max_repeats"}
+"""Keys of a task YAML that do not shape its rows."""
 
 
 @dataclass(frozen=True)
 class Split:
     """The usable rows of one split in file order."""
 
-    examples: list[Example]
+    examples: TextRows
     bad: list[BadRecord]
-    fingerprints: dict[str, str]
-    """File -> sha256 of its bytes; for a hub source, of its records."""
+    fingerprints: dict[str, Fingerprint]
+    """By file, in order; for a hub source, of its records."""
 
 
 class _Origin(NamedTuple):
@@ -75,45 +65,115 @@ class _Origin(NamedTuple):
     name: str
     key: str
     """The key of the task YAML that named it."""
-    records: Iterator[Raw]
-    digest: str | None
-    """sha256 where it is known before reading."""
+    records: Callable[[], Iterator[Raw]]
+    content: str
+    """Hash that tells whether it is the same as before."""
+    fingerprint: Fingerprint | None
+    """None where the records have to be read for it."""
 
 
 def load_split(spec: TaskSpec, split: str, max_bad_fraction: float) -> Split:
-    """Reads all records of `split` ("train", "validation" or "test").
+    """All usable records of `split` ("train", "validation" or "test").
 
     Raises:
         DataError: no such split, a file that is missing, unreadable or empty, a column that no record has,
             or more than `max_bad_fraction` of a file's records unusable. Names task YAML, key and file.
+        StorageError: the cache cannot be written, or is damaged.
     """
-    whole = Split([], [], {})
-    ids: set[str] = set()
-    for origin in _origins(spec, split):
-        part = _read_origin(spec, origin, ids)
-        _check_bad_share(spec, origin, part, max_bad_fraction)
-        whole.examples.extend(part.examples)
-        whole.bad.extend(part.bad)
-        whole.fingerprints.update(part.fingerprints)
-    if not whole.examples:
+    origins = list(_origins(spec, split))
+    contents = [(origin.content, Path(origin.name).suffix) for origin in origins]
+    key = content_key([_CODE, row_settings(spec), contents])
+    folder = published("rows", key, lambda draft: _build(draft, spec, origins, max_bad_fraction))
+    rows = TextRows.open(folder, spec.name, [origin.name for origin in origins], key)
+    bad = rows.bad_records()
+    unusable = {origin.name: _Unusables() for origin in origins}
+    for record in bad:
+        unusable[record.file].add(record.line, record.reason)
+    fingerprints = {}
+    for origin, told in zip(origins, rows.sources, strict=True):
+        _check_bad_share(spec, origin, told["records"], unusable[origin.name], max_bad_fraction)
+        fingerprints[origin.name] = Fingerprint.from_json(told["fingerprint"])
+    if not rows:
         raise DataError(f"{spec.path}: the {split} split has no usable record.")
-    return whole
+    for file in _joined_files(spec, split):
+        fingerprints[str(file)] = _fingerprint(file, f"{spec.path}: source.files.join.{split}")
+    return Split(rows, bad, fingerprints)
+
+
+def splits_of(spec: TaskSpec) -> list[str]:
+    """The splits that a task says it has."""
+    match spec.source:
+        case FilesSource(patterns):
+            return [split for split in SPLITS if split in patterns]
+        case HubSource():
+            return [split for split in SPLITS if split in spec.source.splits]
+        case BuilderSource(name):
+            files = _build_files(name)
+            return [split for split in SPLITS if split in files]
+
+
+def row_settings(spec: TaskSpec) -> dict[str, Any]:
+    """What of a task YAML shapes its rows, by key; where the files are is not of it."""
+    settings = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in _NO_MATTER}
+    settings |= {"where": dict(spec.where), "images": str(spec.images)}
+    source = {key: value for key, value in asdict(spec.source).items() if key not in ("patterns", "join")}
+    return settings | {"source": [type(spec.source).__name__, source]}
+
+
+def _build(folder: Path, spec: TaskSpec, origins: Sequence[_Origin], max_bad_fraction: float) -> None:
+    writer = RowWriter(folder, spec.id is not None, spec.choices is not None, spec.image is not None)
+    to_example = _ExampleMaker(spec)
+    for origin in origins:
+        told = _read_origin(spec, origin, to_example, writer, max_bad_fraction)
+        writer.end_source(told)
+    writer.finish()
 
 
 def _origins(spec: TaskSpec, split: str) -> Iterator[_Origin]:
     match spec.source:
-        case FilesSource(patterns):
-            key = f"source.files.{split}"
-            files = _expand(spec, key, patterns.get(split, ()))
+        case FilesSource():
+            yield from _file_origins(spec, spec.source, split)
+            return
         case BuilderSource(name):
             key = "source.builder"
-            files = [_built(spec, name, split)]
+            file = _built(spec, name, split)
+            fingerprint = _fingerprint(file, f"{spec.path}: {key}")
+            records = partial(read_file, file, f"{spec.path}: {key}")
+            yield _Origin(str(file), key, records, fingerprint.sha256, fingerprint)
         case HubSource():
             yield _hub_origin(spec, spec.source, split)
-            return
+
+
+def _file_origins(spec: TaskSpec, source: FilesSource, split: str) -> Iterator[_Origin]:
+    key = f"source.files.{split}"
+    where = f"{spec.path}: {key}"
+    joined = _joined_files(spec, split)
+    contents = [_fingerprint(file, where).sha256 for file in joined]
+    for file in _expand(spec, key, source.patterns.get(split, ())):
+        fingerprint = _fingerprint(file, where)
+        records = partial(read_file, file, where, source.header)
+        content = fingerprint.sha256
+        if joined:
+            records = partial(_completed, records, joined, source.join_by, where)
+            content = content_key([content, contents])
+        yield _Origin(str(file), key, records, content, fingerprint)
+
+
+def _joined_files(spec: TaskSpec, split: str) -> list[Path]:
+    """Files that complete the split's records."""
+    if not isinstance(spec.source, FilesSource) or split not in spec.source.join:
+        return []
+    return _expand(spec, f"source.files.join.{split}", spec.source.join[split])
+
+
+def _completed(
+    records: Callable[[], Iterator[Raw]], files: Sequence[Path], column: str, where: str
+) -> Iterator[Raw]:
+    others = {}
     for file in files:
-        digest = _digest_file(file, f"{spec.path}: {key}")
-        yield _Origin(str(file), key, read_file(file, f"{spec.path}: {key}"), digest)
+        rows = (raw.row for raw in read_file(file, where) if raw.row is not None)
+        others.update({str(row[column]): row for row in rows if column in row})
+    return complete_records(records(), others, column)
 
 
 def _expand(spec: TaskSpec, key: str, patterns: Sequence[str]) -> list[Path]:
@@ -129,19 +189,22 @@ def _expand(spec: TaskSpec, key: str, patterns: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def _built(spec: TaskSpec, builder: str, split: str) -> Path:
-    from moe_medical.cache import default_cache
+def _build_files(builder: str) -> dict[str, Path]:
     from moe_medical.data.terminologies import build_task
 
-    files = build_task(builder, default_cache())
+    return build_task(builder, default_cache())
+
+
+def _built(spec: TaskSpec, builder: str, split: str) -> Path:
+    files = _build_files(builder)
     if split not in files:
         raise DataError(f"{spec.path}: source.builder {builder!r} makes no {split} split.")
     return files[split]
 
 
-def _digest_file(file: Path, where: str) -> str:
+def _fingerprint(file: Path, where: str) -> Fingerprint:
     try:
-        return sha256_file(file)
+        return fingerprint_file(file)
     except OSError as e:
         raise DataError(f"{where}: cannot read {file} ({e.strerror}).") from None
 
@@ -154,11 +217,31 @@ def _hub_origin(spec: TaskSpec, source: HubSource, split: str) -> _Origin:
     name = str(local) if local.is_dir() else source.name
     label = f"hub:{name}@{source.revision or 'latest'}/{source.config or 'default'}/{source.splits[split]}"
     rows = _load_hub(name, source, source.splits[split], where)
-    records = (Raw(i, _canonical(row), row) for i, row in enumerate(rows, start=1))
-    return _Origin(label, "source.hub", records, None)
+
+    def records() -> Iterator[Raw]:
+        return (Raw(i, _canonical(row), row) for i, row in enumerate(rows, start=1))
+
+    # A name such as "train[:80%]" takes some rows of the files.
+    content = content_key([source.splits[split], _hub_content(rows, records)])
+    return _Origin(label, "source.hub", records, content, None)
 
 
-def _load_hub(name: str, source: HubSource, split: str, where: str) -> Iterable[dict[str, Any]]:
+def _hub_content(rows: Any, records: Callable[[], Iterator[Raw]]) -> str:
+    """Hash of the Arrow files behind a data set; of its records where it has none."""
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    if files:
+        return content_key([fingerprint_file(file).sha256 for file in files])
+    return _fingerprint_records(records()).sha256
+
+
+def _fingerprint_records(records: Iterable[Raw]) -> Fingerprint:
+    running = Fingerprinter()
+    for raw in records:
+        running.update(raw.data + b"\n")
+    return running.result()
+
+
+def _load_hub(name: str, source: HubSource, split: str, where: str) -> Any:
     import datasets
 
     try:
@@ -174,33 +257,52 @@ def _canonical(row: dict[str, Any]) -> bytes:
     return json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
 
 
-@dataclass
-class _Reading:
-    """What is known of one origin while its records go by."""
+class _Unusables:
+    """A file's unusable records, counted by reason."""
 
-    examples: list[Example] = field(default_factory=list)
-    bad: list[BadRecord] = field(default_factory=list)
-    columns: dict[str, None] = field(default_factory=dict)
-    """Every column that any record has, in order of appearance."""
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first_line = 0
+
+    def add(self, line: int, reason: str) -> None:
+        self.first_line = self.first_line or line
+        self.reasons[reason] += 1
 
 
-def _read_origin(spec: TaskSpec, origin: _Origin, ids: set[str]) -> Split:
-    reading, running = _Reading(), hashlib.sha256()
-    to_example = _ExampleMaker(spec, origin.name, ids)
-    for raw in origin.records:
-        if origin.digest is None:
-            running.update(raw.data)
+def _read_origin(
+    spec: TaskSpec, origin: _Origin, to_example: _ExampleMaker, writer: RowWriter, max_bad_fraction: float
+) -> dict[str, Any]:
+    """What the store is told of the origin."""
+    running, columns, unusable, records = Fingerprinter(), _Columns(), _Unusables(), 0
+    for raw in origin.records():
+        if origin.fingerprint is None:
+            running.update(raw.data + b"\n")
         try:
             if raw.row is None:
                 raise _Unusable(raw.reason)
-            reading.columns.update(dict.fromkeys(raw.row))
-            reading.examples.append(to_example(raw.row, raw.line))
-        except _Unusable as e:
-            digest = hashlib.sha256(raw.data).hexdigest()[:12]
-            reading.bad.append(BadRecord(origin.name, raw.line, str(e), digest))
-    _check_columns(spec, origin, reading)
-    digest = origin.digest or running.hexdigest()
-    return Split(reading.examples, reading.bad, {origin.name: digest})
+            columns.of_records.update(dict.fromkeys(raw.row))
+            rows = to_example.rows(raw.row)
+            columns.of_rows.update(dict.fromkeys(name for row in rows for name in row))
+            examples = [to_example(row, number) for number, row in enumerate(rows)]
+            records += bool(rows)
+            for example in examples:
+                writer.add(example, raw.line, raw.data)
+        except (_Unusable, BadShape) as e:
+            records += 1
+            unusable.add(raw.line, str(e))
+            writer.set_aside(raw.line, str(e), record_digest(raw.data))
+    _check_columns(spec, origin, columns)
+    _check_bad_share(spec, origin, records, unusable, max_bad_fraction)
+    fingerprint = origin.fingerprint or running.result()
+    return {"fingerprint": fingerprint.to_json(), "records": records}
+
+
+@dataclass
+class _Columns:
+    """Columns of any record of a file, and of any row made of it, in order of appearance."""
+
+    of_records: dict[str, None] = field(default_factory=dict)
+    of_rows: dict[str, None] = field(default_factory=dict)
 
 
 class _Unusable(Exception):
@@ -208,32 +310,32 @@ class _Unusable(Exception):
 
 
 class _ExampleMaker:
-    """Fills a task's templates from rows. `ids` holds the identities seen in the split so far."""
+    """Fills a task's templates from rows."""
 
-    def __init__(self, spec: TaskSpec, origin: str, ids: set[str]) -> None:
-        self._spec, self._ids = spec, ids
-        self._prefix = Path(origin).name
+    def __init__(self, spec: TaskSpec) -> None:
+        self._task, self._id, self._choices = spec.name, spec.id, spec.choices
         self._prompt, self._target = parse_template(spec.prompt), parse_template(spec.target)
+        self.rows = row_maker(spec, [*template_columns(spec.prompt), *template_columns(spec.target)])
+        """Record -> the rows that fill the templates, none where it is not of the task."""
+        self._image = image_finder(spec)
 
-    def __call__(self, row: dict[str, Any], line: int) -> Example:
+    def __call__(self, row: dict[str, Any], number: int) -> Example:
+        """The example of a record's row; its id is "" where the task names no column for it."""
         prompt, target = _fill(self._prompt, row), _fill(self._target, row)
         if not prompt:
             raise _Unusable("empty prompt")
         if not target:
             raise _Unusable("empty target")
-        choices = _choices(row, self._spec.choices)
-        return Example(self._spec.name, self._identity(row, line), prompt, target, choices)
+        choices, image = _choices(row, self._choices), self._image(row)
+        return Example(self._task, self._identity(row, number), prompt, target, choices, image)
 
-    def _identity(self, row: dict[str, Any], line: int) -> str:
-        if self._spec.id is None:
-            return f"{self._prefix}:{line}"
-        identity = _text(row, self._spec.id)
+    def _identity(self, row: dict[str, Any], number: int) -> str:
+        if self._id is None:
+            return ""
+        identity = _text(row, self._id)
         if not identity:
-            raise _Unusable(f"empty column {self._spec.id!r}")
-        if identity in self._ids:
-            raise _Unusable("duplicate id")
-        self._ids.add(identity)
-        return identity
+            raise _Unusable(f"empty column {self._id!r}")
+        return f"{identity}#{number}" if number else identity
 
 
 def _fill(template: Sequence[tuple[str, str | None]], row: dict[str, Any]) -> str:
@@ -286,17 +388,26 @@ def _choices(row: dict[str, Any], column: str | None) -> tuple[str, ...]:
     return tuple(_scalar(item, column) for item in value)
 
 
-def _check_columns(spec: TaskSpec, origin: _Origin, reading: _Reading) -> None:
+def _check_columns(spec: TaskSpec, origin: _Origin, columns: _Columns) -> None:
     """A column that no record has is a mistake of the recipe, not of the records."""
-    if not reading.columns:
+    if columns.of_records:
+        _check_there(spec, origin, [("where", c) for c in spec.where], columns.of_records)
+    if not columns.of_rows:
         return
     wanted = [("prompt", c) for c in template_columns(spec.prompt)]
     wanted += [("target", c) for c in template_columns(spec.target)]
     wanted += [("choices", spec.choices)] if spec.choices else []
     wanted += [("id", spec.id)] if spec.id else []
+    wanted += [("image", spec.image)] if spec.image else []
+    _check_there(spec, origin, wanted, columns.of_rows)
+
+
+def _check_there(
+    spec: TaskSpec, origin: _Origin, wanted: Sequence[tuple[str, str]], columns: Iterable[str]
+) -> None:
     for key, column in wanted:
-        if column not in reading.columns:
-            there = _shown_columns(reading.columns)
+        if column not in columns:
+            there = _shown_columns(columns)
             raise DataError(f"{spec.path}: {key}: column {column!r} is not in {origin.name}; {there}")
 
 
@@ -309,15 +420,18 @@ def _shown_columns(columns: Iterable[str], limit: int = 20) -> str:
     return f"columns there: {', '.join(plain)}{more if hidden else ''}"
 
 
-def _check_bad_share(spec: TaskSpec, origin: _Origin, part: Split, max_bad_fraction: float) -> None:
-    total = len(part.examples) + len(part.bad)
+def _check_bad_share(
+    spec: TaskSpec, origin: _Origin, total: int, unusable: _Unusables, max_bad_fraction: float
+) -> None:
     if total == 0:
-        raise DataError(f"{spec.path}: {origin.key}: {origin.name} holds no record.")
-    if len(part.bad) <= max_bad_fraction * total:
+        matching = " that matches where" if spec.where else ""
+        raise DataError(f"{spec.path}: {origin.key}: {origin.name} holds no record{matching}.")
+    bad = unusable.reasons.total()
+    if bad <= max_bad_fraction * total:
         return
-    counts = ", ".join(f"{n} x {why}" for why, n in Counter(b.reason for b in part.bad).most_common())
+    counts = ", ".join(f"{n} x {why}" for why, n in unusable.reasons.most_common())
     raise DataError(
-        f"{spec.path}: {origin.key}: {len(part.bad)} of {total} records of {origin.name} cannot be used "
+        f"{spec.path}: {origin.key}: {bad} of {total} records of {origin.name} cannot be used "
         f"({counts}), more than data.max_bad_fraction ({max_bad_fraction:g}) allows. "
-        f"The first is at line {part.bad[0].line}."
+        f"The first is at line {unusable.first_line}."
     )

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moe_medical.config.schema import DataSection, TaskOverride
+from moe_medical.data.fingerprints import Fingerprint
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.mixture import MixPlan
-from moe_medical.data.recipe import TaskSpec, load_recipe
-from moe_medical.data.rules import MIX_RULES, row_limits, spread_caps
-from moe_medical.data.sources import BadRecord, Example, load_split
+from moe_medical.data.recipe import Mixture, TaskSpec, check_text_only, load_mixture
+from moe_medical.data.rows import BadRecord, TextRows
+from moe_medical.data.rules import TaskSize, weight_schedule
+from moe_medical.data.sources import Split, load_split, splits_of
+from moe_medical.data.store import Rows, damaged, published
+from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows, fitting
 from moe_medical.errors import ConfigError, DataError, Problem
 
 _LOG = logging.getLogger(__name__)
 
 
+TOO_LONG = "target longer than data.max_length allows"
+
+
 @dataclass(frozen=True)
 class TaskData:
-    """One task with its rows in memory."""
+    """One task with its rows, which stay on disk."""
 
     spec: TaskSpec
-    train: list[Example]
-    evaluation: list[Example]
+    train: TextRows
+    evaluation: TextRows
     bad: list[BadRecord]
-    fingerprints: dict[str, str]
-    """File -> sha256 of every file that was read."""
+    """Records that could not be read; `set_aside` has those that do not fit as well."""
+    too_long: tuple[TextRows, ...]
+    """Rows whose target does not fit, by split."""
+    fingerprints: dict[str, dict[str, Fingerprint]]
+    """`train` and `evaluation` -> every file that was read, in order."""
+    tokens: TokenRows
+    """Of the training rows."""
     weight: float
     max_repeats: float | None
 
@@ -37,29 +50,67 @@ class TaskData:
     def name(self) -> str:
         return self.spec.name
 
+    def set_aside(self) -> Iterator[BadRecord]:
+        """Every record that is not trained on or evaluated, and why; never its text."""
+        yield from self.bad
+        for rows in self.too_long:
+            for first in range(0, len(rows), 1024):
+                yield from rows.records(range(first, min(first + 1024, len(rows))), TOO_LONG)
+
+    def set_aside_counts(self) -> dict[str, int]:
+        """Reason -> records."""
+        counts = Counter(record.reason for record in self.bad)
+        too_long = sum(map(len, self.too_long))
+        return {**counts, **({TOO_LONG: too_long} if too_long else {})}
+
 
 def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) -> list[TaskData]:
-    """Read the training rows and the evaluation rows of every task of the recipe, in recipe order.
+    """The training rows and the evaluation rows of every task of the recipe, in recipe order.
 
     Raises:
         ConfigError: problems of the recipe or of the run's overrides.
         DataError: unreadable, empty or mostly unusable files.
+        StorageError: the cache cannot be written, or is damaged.
     """
-    specs = load_recipe(Path(section.recipe))
-    _check_overrides(section, specs)
-    return [_load_task(spec, section, evaluation_split, chat) for spec in specs]
+    mixture = load_mixture(Path(section.recipe))
+    _check_overrides(section, mixture.tasks)
+    check_text_only(mixture.tasks, Path(section.recipe))
+    most, memo = section.max_bad_fraction, TokenMemo()
+    splits = [
+        {split: load_split(spec, split, most) for split in ("train", evaluation_split)}
+        for spec in mixture.tasks
+    ]
+    dropped = _unhygienic(mixture, splits, most)
+    return [
+        _task(spec, section, (of["train"], of[evaluation_split]), dropped[spec.name], chat, memo, i)
+        for i, (spec, of) in enumerate(zip(mixture.tasks, splits, strict=True))
+    ]
 
 
 def build_plan(tasks: Sequence[TaskData], section: DataSection, seed: int, num_samples: int) -> MixPlan:
     """The run's order of samples: the mixing rule's shares, the users' weights, the repeat caps.
 
     A task that its cap would stop before the end gets a smaller share all along, so it is seen to the end.
+
+    Raises:
+        ConfigError: `data.mix` does not fit these tasks.
     """
-    sizes = np.array([len(t.train) for t in tasks], dtype=np.int64)
-    caps = [t.max_repeats for t in tasks]
-    shares = MIX_RULES[section.mix.rule](sizes, section.mix.temperature)
-    weights = spread_caps(shares * np.array([t.weight for t in tasks]), row_limits(sizes, caps), num_samples)
-    return MixPlan(sizes, weights, section.mix.block, seed, caps)
+    sizes = mix_sizes(tasks, section)
+    (_, first), *later = weight_schedule(section.mix, sizes, num_samples)
+    caps = [size.max_repeats for size in sizes]
+    plan = MixPlan([size.rows for size in sizes], first, section.mix.block, seed, caps)
+    for block, weights in later:
+        plan.set_weights(weights, from_block=block)
+    return plan
+
+
+def mix_sizes(tasks: Sequence[TaskData], section: DataSection) -> list[TaskSize]:
+    """What the mixing rules know of the tasks; lengths are measured only where shares count tokens."""
+    by_tokens = section.mix.by == "tokens"
+    return [
+        TaskSize(t.name, len(t.train), t.tokens.mean_length if by_tokens else 1.0, t.weight, t.max_repeats)
+        for t in tasks
+    ]
 
 
 def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
@@ -76,29 +127,73 @@ def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
         raise ConfigError("the run file", problems)
 
 
-def _load_task(spec: TaskSpec, section: DataSection, evaluation_split: str, chat: ChatFormat) -> TaskData:
-    train = load_split(spec, "train", section.max_bad_fraction)
-    evaluation = load_split(spec, evaluation_split, section.max_bad_fraction)
+def _unhygienic(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most: float) -> dict[str, Rows]:
+    """Task -> training rows that the mixture's `hygiene` leaves out; kept on disk."""
+    from moe_medical.data.hygiene import hygiene_key, needs_comparison, rows_to_drop  # it takes a second
+
+    specs, settings = mixture.tasks, mixture.hygiene
+    if not needs_comparison(settings):
+        return {spec.name: np.zeros(0, dtype=np.int64) for spec in specs}
+    rows = {}
+    for spec, known in zip(specs, splits, strict=True):
+        names = splits_of(spec) if settings.overlap == "drop" else ["train"]
+        rows[spec.name] = {n: (known.get(n) or load_split(spec, n, most)).examples for n in names}
+    contents = {task: {split: of.key for split, of in parts.items()} for task, parts in rows.items()}
+
+    def build(folder: Path) -> None:
+        for task, found in rows_to_drop(rows, specs, settings).items():
+            np.save(folder / f"{task}.npy", found)
+
+    folder = published("hygiene", hygiene_key(contents, specs, settings), build)
+    try:
+        return {spec.name: np.load(folder / f"{spec.name}.npy") for spec in specs}
+    except (OSError, EOFError, ValueError):
+        raise damaged(folder) from None
+
+
+def _task(
+    spec: TaskSpec,
+    section: DataSection,
+    splits: tuple[Split, Split],
+    dropped: Rows,
+    chat: ChatFormat,
+    memo: TokenMemo,
+    number: int,
+) -> TaskData:
+    train, too_long = _select(splits[0].examples, chat, dropped)
+    evaluation, too_long_evaluation = _select(splits[1].examples, chat)
     override = section.tasks.get(spec.name, TaskOverride())
     caps = (override.max_repeats, spec.max_repeats, section.mix.max_repeats)
     task = TaskData(
         spec=spec,
-        train=[e for e in train.examples if chat.fits(e.target)],
-        evaluation=[e for e in evaluation.examples if chat.fits(e.target)],
-        bad=[*train.bad, *evaluation.bad],
-        fingerprints={**train.fingerprints, **evaluation.fingerprints},
+        train=train,
+        evaluation=evaluation,
+        bad=[*splits[0].bad, *splits[1].bad],
+        too_long=(too_long, too_long_evaluation),
+        fingerprints={"train": splits[0].fingerprints, "evaluation": splits[1].fingerprints},
+        tokens=FreshTokens(train, chat, memo, number),
         weight=spec.weight * override.weight,
         max_repeats=next((c for c in caps if c is not None), None),
     )
-    _report_dropped(task, len(train.examples), len(evaluation.examples), section.max_length)
+    _report_set_aside(task, section.max_length)
     return task
 
 
-def _report_dropped(task: TaskData, train_rows: int, evaluation_rows: int, max_length: int) -> None:
-    dropped = train_rows - len(task.train) + evaluation_rows - len(task.evaluation)
-    if dropped:
-        _LOG.warning(
-            "%s: %d rows left out, their target exceeds max_length %d", task.name, dropped, max_length
-        )
+def _select(rows: TextRows, chat: ChatFormat, dropped: Rows | None = None) -> tuple[TextRows, TextRows]:
+    """The rows that are used, and those whose target does not fit."""
+    fits = fitting(rows, chat)
+    used = fits.copy()
+    used[[] if dropped is None else dropped] = False
+    too_long = rows.select(np.flatnonzero(~fits))
+    return rows if used.all() else rows.select(np.flatnonzero(used)), too_long
+
+
+def _report_set_aside(task: TaskData, max_length: int) -> None:
+    if counts := task.set_aside_counts():
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+        _LOG.info("%s: %d records set aside: %s", task.name, sum(counts.values()), reasons)
     if not task.train or not task.evaluation:
-        raise DataError(f"{task.spec.path}: no row is left whose target fits data.max_length ({max_length})")
+        raise DataError(
+            f"{task.spec.path}: no row is left whose target fits data.max_length ({max_length}) "
+            "and that the mixture's hygiene keeps"
+        )

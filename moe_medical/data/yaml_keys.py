@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,9 +73,9 @@ def read_keys(path: Path, schema: type[Keys], found: Problems) -> Keys | None:
     tree = _read_tree(path, found)
     if tree is None:
         return None
-    raw, known = OmegaConf.create(tree), _known(schema)
+    raw, known, free = OmegaConf.create(tree), _known(schema), _free(schema)
     leaves = {}
-    for key, value in _leaves(tree):
+    for key, value in _leaves(tree, free):
         where = f"{path}: {'.'.join(key)}"
         siblings = known.get(key[:-1], [])
         if key[-1] in siblings:
@@ -116,13 +116,16 @@ def _read_tree(path: Path, found: Problems) -> dict[str, Any] | None:
     return None
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of keys, value); a mapping under an unknown key is walked as well, an empty one is a value."""
+def _leaves(
+    tree: Mapping[Any, Any], free: Collection[tuple[str, ...]], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, value). A mapping under an unknown key is walked; an empty or free one is a value."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*prefix, str(key)))
+        path = (*prefix, str(key))
+        if isinstance(value, dict) and value and path not in free:
+            yield from _leaves(value, free, path)
         else:
-            yield (*prefix, str(key)), value
+            yield path, value
 
 
 def _known(schema: Any, parents: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
@@ -133,6 +136,18 @@ def _known(schema: Any, parents: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
             if hasattr(kind, "__dataclass_fields__"):
                 known |= _known(kind, (*parents, name))
     return known
+
+
+def _free(schema: Any, parents: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    """Paths of the mappings whose keys are the user's own."""
+    free: set[tuple[str, ...]] = set()
+    for name, hint in typing.get_type_hints(schema).items():
+        for kind in (hint, *typing.get_args(hint)):
+            if typing.get_origin(kind) is dict:
+                free.add((*parents, name))
+            elif hasattr(kind, "__dataclass_fields__"):
+                free |= _free(kind, (*parents, name))
+    return free
 
 
 def _tree(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

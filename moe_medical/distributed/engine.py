@@ -55,7 +55,6 @@ class Engine:
         named: trainable parameters by name, in a stable order.
         experts: names of those of which this rank holds its experts only.
         group: ranks that share the experts; None where each has them all.
-        accumulation: micro-batches of this rank per step.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class Engine:
         self.topology, self.group = topology, group
         self.stage = int(deepspeed_engine.zero_optimization_stage())
         self._clip_norm = clip
-        self.accumulation = int(deepspeed_engine.gradient_accumulation_steps())
 
     @property
     def module(self) -> nn.Module:
@@ -96,15 +94,19 @@ class Engine:
     def __call__(self, **inputs: Any) -> Any:
         return self.deepspeed(**inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate the gradients of this rank's share of the *global* loss.
 
-        DeepSpeed divides the loss by the accumulation steps and the gradients by the ranks; scaling by
-        both first makes the gradient that of the summed shares of all ranks and micro-batches.
+        DeepSpeed averages gradients over the ranks; scaling by their number first makes the gradient that of
+        the summed shares of all ranks and micro-batches.
+
+        Args:
+            loss: Of one micro-batch.
+            last: Whether it is the step's last one on this rank, after which gradients are reduced.
         """
-        self.deepspeed.backward(loss * (self.topology.world_size * self.accumulation))
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()
+        # NOTE(deepspeed): it would count a fixed number of micro-batches; packed steps differ in theirs.
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.topology.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update and clear; returns the global gradient norm before clipping."""

@@ -194,4 +194,4 @@ def _set_step(engine: Engine, step: int) -> None:
         state["step"].fill_(float(step))
     engine.deepspeed.global_steps = step
     engine.deepspeed.global_samples = step * engine.deepspeed.train_batch_size()
-    engine.deepspeed.micro_steps = step * engine.accumulation
+    engine.deepspeed.micro_steps = step

@@ -30,7 +30,7 @@ class CollectiveBytes(TorchDispatchMode):
     """Context manager that counts what this rank sends while it is active.
 
         with CollectiveBytes() as traffic:
-            engine.backward(loss)
+            engine.backward(loss, last=True)
         traffic.total
 
     It makes every torch operation pass through Python, so time nothing inside it; compiled code runs eagerly.

@@ -106,9 +106,9 @@ class Evaluator:
         for batch_rows, counted in self._dealt(self._loss_rows()):
             encoded = [self._chat.encode(e.prompt, e.target) for _, e in batch_rows]
             batch = collate(encoded, [t for t, _ in batch_rows], self._chat.pad_id).to(self._topology.device)
-            losses, task_ids = token_losses(model, batch)
+            tokens = token_losses(model, batch)
             if counted:
-                sums += task_sums(losses, task_ids, batch, len(self._tasks)).numpy()
+                sums += task_sums(tokens, batch, len(self._tasks)).numpy()
             advance()
         return self._topology.sum(sums)
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TypeVar
 
+from moe_medical.evaluation.promptcblue import answer_items
+
 Metric = Callable[[Sequence[str], Sequence[str], str], float]
 Item = TypeVar("Item")
 
@@ -35,6 +37,11 @@ _LETTER_FIRST = re.compile(r"[(\[*\s]*([A-Za-z])\s*(?:[).,:\]*]|$)")
 _LETTER_AFTER = re.compile(
     r"(?i:answer|option|choice|答案|选项|选)(?i:\s|is|[:是为(*])*"  # "The answer is: ("
     r"([A-Z](?![A-Za-z])|[a-z](?=[).,:\]]|$))"  # a small letter before a word is an article
+)
+_LETTERS = r"(?<![A-Za-z])([A-Z](?:[\s,、;&和]*(?:and\s+)?[A-Z])*)\s*"
+_LETTERS_FIRST = re.compile(rf"[(\[*\s]*{_LETTERS}(?:[).,:\]*。，]|$)")
+_LETTERS_AFTER = re.compile(
+    rf"(?i:answers?|options?|choices?|答案|选项|选)(?i:\s|is|are|[:是为(*])*{_LETTERS}(?![A-Za-z])"
 )
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
@@ -94,6 +101,21 @@ def _exact_match(predictions: Sequence[str], targets: Sequence[str], language: s
 def _accuracy(predictions: Sequence[str], targets: Sequence[str], language: str) -> float:
     answers, references = _labels(predictions, targets)
     return fmean(a == r for a, r in zip(answers, references, strict=True))
+
+
+def _letter_accuracy(predictions: Sequence[str], targets: Sequence[str], language: str) -> float:
+    """Share of rows whose set of option letters is the target's: "B", "ABD", "A, B and D", "答案为ABD"."""
+    rows = zip(predictions, targets, strict=True)
+    return fmean(_letters_meant(p, t) == _letters_meant(t, t) for p, t in rows)
+
+
+def _letters_meant(text: str, target: str) -> frozenset[str]:
+    """Option letters of a text; its normalised line where there are none or the target has none."""
+    line = unicodedata.normalize("NFKC", _first_line(text))
+    found = _LETTERS_FIRST.match(line) or _LETTERS_AFTER.search(line)
+    if found and re.fullmatch("[A-Z]+", target.strip()):
+        return frozenset(re.findall("[A-Z]", found.group(1)))
+    return frozenset([_option_letter(text).upper() if len(target.strip()) == 1 else normalise(line)])
 
 
 def _macro_f1(predictions: Sequence[str], targets: Sequence[str], language: str) -> float:
@@ -165,6 +187,15 @@ def _entity_f1(predictions: Sequence[str], targets: Sequence[str], language: str
     return _micro_set_f1(map(_entities, predictions), map(_entities, targets))
 
 
+def _promptcblue_f1(predictions: Sequence[str], targets: Sequence[str], language: str) -> float:
+    """Micro-F1 of the items that PromptCBLUE's answer texts state (`promptcblue.py`), spelling normalised."""
+    return _micro_set_f1(map(_stated, predictions), map(_stated, targets))
+
+
+def _stated(text: str) -> set[tuple[str, ...]]:
+    return {tuple(map(normalise, item)) for item in answer_items(text)}
+
+
 def _items(text: str) -> set[str]:
     return {normalise(part) for part in re.split(r"[;\uff1b\n]", text) if part.strip()}
 
@@ -204,6 +235,12 @@ def _token_f1(predictions: Sequence[str], targets: Sequence[str], language: str)
     """
     rows = zip(predictions, targets, strict=True)
     return fmean(_overlap_f1(_tokens(p, language), _tokens(t, language)) for p, t in rows)
+
+
+def _token_recall(predictions: Sequence[str], targets: Sequence[str], language: str) -> float:
+    """Mean over rows of the share of the target's tokens that the prediction has (open VQA of LLaVA-Med)."""
+    rows = ((_tokens(p, language), _tokens(t, language)) for p, t in zip(predictions, targets, strict=True))
+    return fmean((ours & theirs).total() / theirs.total() if theirs else 1.0 for ours, theirs in rows)
 
 
 def _tokens(text: str, language: str) -> Counter[str]:
@@ -300,12 +337,15 @@ def _number(text: str) -> float | None:
 METRICS: dict[str, Metric] = {
     "exact_match": _exact_match,
     "accuracy": _accuracy,
+    "letter_accuracy": _letter_accuracy,
     "macro_f1": _macro_f1,
     "micro_f1": _micro_f1,
     "f1_yes": _f1_yes,
     "set_f1": _set_f1,
     "entity_f1": _entity_f1,
+    "promptcblue_f1": _promptcblue_f1,
     "token_f1": _token_f1,
+    "token_recall": _token_recall,
     "rouge_l": _rouge_l,
     "rouge_l_char": _rouge_l_char,
     "bleu4_char": _bleu4_char,

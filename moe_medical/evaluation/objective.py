@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,27 +38,33 @@ class TaskSums:
         return torch.stack([self.loss.double(), self.tokens.double(), self.rows.double()]).cpu().numpy()
 
 
-def token_losses(forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each target token and its task.
+class TokenLosses(NamedTuple):
+    """One entry for each target token of a batch."""
 
-    Only the columns that hold targets go through the language-model head.
+    losses: torch.Tensor
+    """float32 cross-entropies, nats."""
+    task_ids: torch.Tensor
+    sample_targets: torch.Tensor
+    """Target tokens of the token's sample."""
 
-    Returns:
-        float32 losses and int64 task ids, both of shape (number of target tokens,).
-    """
-    columns = batch.num_target_columns
-    logits = run_model(forward, batch, logits_to_keep=columns + 1)[:, :-1]
-    labels = batch.labels_BS[:, -columns:]
+
+def token_losses(forward: Forward, batch: Batch) -> TokenLosses:
+    """Cross-entropy of each target token; only columns before a target go through the language-model head."""
+    columns = batch.target_columns_C
+    logits = run_model(forward, batch, logits_to_keep=columns - 1)
+    labels = batch.labels_BS[:, columns]
     supervised = labels != IGNORE
     losses = F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
-    return losses, batch.task_ids_BS[:, -columns:][supervised]
+    task_ids, targets = batch.task_ids_BS[:, columns], batch.sample_targets_BS[:, columns]
+    return TokenLosses(losses, task_ids[supervised], targets[supervised])
 
 
-def run_model(forward: Forward, batch: Batch, logits_to_keep: int) -> torch.Tensor:
-    """Logits of the last columns, shape (B, logits_to_keep, vocabulary)."""
+def run_model(forward: Forward, batch: Batch, logits_to_keep: torch.Tensor) -> torch.Tensor:
+    """Logits of the columns `logits_to_keep`, shape (B, columns, vocabulary)."""
     logits: torch.Tensor = forward(
         input_ids=batch.input_ids_BS,
-        attention_mask=batch.token_mask_BS,
+        # With a mask, transformers would not look for samples that start again in the positions.
+        attention_mask=None if batch.packed else batch.token_mask_BS,
         position_ids=batch.position_ids_BS,
         use_cache=False,
         logits_to_keep=logits_to_keep,
@@ -66,11 +72,11 @@ def run_model(forward: Forward, batch: Batch, logits_to_keep: int) -> torch.Tens
     return logits
 
 
-def task_sums(losses: torch.Tensor, task_ids: torch.Tensor, batch: Batch, num_tasks: int) -> TaskSums:
+def task_sums(tokens: TokenLosses, batch: Batch, num_tasks: int) -> TaskSums:
     """Per-task sums of detached token losses."""
-    total = torch.zeros(num_tasks, dtype=torch.float64, device=losses.device)
-    total.index_add_(0, task_ids, losses.detach().double())
-    return TaskSums(total, batch.targets_per_task(num_tasks), batch.rows_per_task(num_tasks))
+    total = torch.zeros(num_tasks, dtype=torch.float64, device=tokens.losses.device)
+    total.index_add_(0, tokens.task_ids, tokens.losses.detach().double())
+    return TaskSums(total, batch.targets_per_task(num_tasks), batch.samples_per_task(num_tasks))
 
 
 def token_weights(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:

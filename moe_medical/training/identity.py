@@ -1,21 +1,26 @@
 """What a resumed run must share with the run that saved; else its steps would be another run's.
 
 Everything that shapes a number is compared. Free to change: where the run is written, the layout (ranks,
-DeepSpeed JSON, ep_size, micro-batch, activation checkpointing, compilation), the number of steps,
-checkpoints, logging. Data is compared by content, so that files may move.
+DeepSpeed JSON, ep_size, micro-batch, activation checkpointing, compilation), how samples are laid out and
+made ready, the number of steps, checkpoints, logging. Data is compared by content, so that files may move and
+be renamed; their order counts, as it is the order of the rows. Changed data may be accepted, which marks the
+run for good; changed settings may not.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
+from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint
 from moe_medical.data.mixture import MixPlan
+from moe_medical.data.sources import row_settings
 from moe_medical.data.tasks import TaskData
 from moe_medical.errors import DataError
 
@@ -27,8 +32,15 @@ _FREE = {
     "evaluation.batch_rows",
     "evaluation.every_steps",
     "data.recipe",
+    "data.batching",
+    "data.pack_length",
+    "data.workers",
+    "data.prefetch_steps",
+    "data.token_cache",
 }
+_VERSION = 2
 _REMEDY = "Restore it or use a new run.name."
+_ACCEPT = f"{_REMEDY} checkpoint.accept_data_change=true goes on with the data as it is and marks the run."
 
 
 @dataclass(frozen=True)
@@ -37,72 +49,152 @@ class RunIdentity:
 
     settings: dict[str, Any]
     """Dotted key of the run file -> value."""
-    tasks: dict[str, dict[str, str]]
-    """Task -> `<number>:<file name>` -> sha256, and the sha256 of its prompt and target templates."""
+    tasks: dict[str, dict[str, Any]]
+    """Task -> `recipe`: key of its YAML -> hash; `train`, `evaluation`: fingerprint of each file, in order,
+    with the file's name."""
     mixture: dict[str, Any]
-    """State of the mixture: sizes, weights, caps, seed."""
+    """State of the mixture as the run starts: sizes, weights, caps, seed."""
     paths: dict[str, str]
-    """`<task>/<number>:<file name>` -> where the file is now."""
+    """`<task>` -> its YAML; `<task>/<split>/<number>` -> where the file is now."""
+    accepted_changes: tuple[str, ...] = ()
+    """Changes of the data since the run began that the user has accepted."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"settings": self.settings, "tasks": self.tasks, "mixture": self.mixture}
+        return {
+            "version": _VERSION,
+            "settings": self.settings,
+            "tasks": self.tasks,
+            "mixture": self.mixture,
+            "accepted_changes": list(self.accepted_changes),
+        }
 
-    def check_resumes(self, saved: dict[str, Any]) -> None:
+    def check_resumes(self, saved: Mapping[str, Any], accept_data_change: bool = False) -> RunIdentity:
         """Compare with a checkpoint's identity.
 
+        Returns:
+            The identity to go on with: this one with the changes that were accepted, now and before.
+
         Raises:
-            DataError: naming what differs, changed data before settings.
+            DataError: naming all that differs.
         """
-        differences = list(self._changed_data(saved["tasks"])) or [
-            f"{key} was {saved['settings'].get(key)!r} in the checkpoint, is {value!r}"
-            for key, value in self.settings.items()
-            if saved["settings"].get(key) != value
-        ]
-        if not differences and saved["mixture"] != self.mixture:
-            differences = [
+        if saved.get("version") != _VERSION:
+            raise DataError("the checkpoint is of another version of moe_medical. Use a new run.name.")
+        settings = list(_changed_settings(saved["settings"], self.settings))
+        if list(saved["tasks"]) != list(self.tasks):
+            before, now = ", ".join(saved["tasks"]), ", ".join(self.tasks)
+            settings.append(f"the tasks were {before} in the checkpoint, are {now}")
+        data = [] if settings else list(self._changed_data(saved["tasks"]))
+        if not settings and not data and saved["mixture"] != self.mixture:
+            settings = [
                 "the mixture is not the checkpoint's; training.steps changes shares where a cap binds"
             ]
-        if differences:
-            raise DataError("\n".join(f"{d}. {_REMEDY}" for d in differences))
+        if settings:
+            raise DataError("\n".join(f"{difference}. {_REMEDY}" for difference in settings))
+        if data and not accept_data_change:
+            raise DataError("\n".join([*(f"{difference}." for difference in data), _ACCEPT]))
+        return replace(self, accepted_changes=(*saved.get("accepted_changes", ()), *data))
 
-    def _changed_data(self, saved: dict[str, dict[str, str]]) -> Iterator[str]:
-        if list(saved) != list(self.tasks):
-            yield f"the tasks were {', '.join(saved)} in the checkpoint, are {', '.join(self.tasks)}"
-            return
+    def _changed_data(self, saved: Mapping[str, Any]) -> Iterator[str]:
         for task, contents in self.tasks.items():
-            for name, digest in contents.items():
-                if saved[task].get(name) != digest:
-                    what = self.paths.get(f"{task}/{name}", f"prompt or target of {task}")
-                    yield f"{what} has changed since the checkpoint"
+            for key, digest in contents["recipe"].items():
+                if saved[task]["recipe"].get(key) != digest:
+                    yield f"{self.paths[task]}: {key} has changed since the checkpoint"
+            for split in ("train", "evaluation"):
+                yield from self._changed_files(task, split, saved[task][split])
+
+    def _changed_files(self, task: str, split: str, saved: Sequence[dict[str, Any]]) -> Iterator[str]:
+        files = self.tasks[task][split]
+        before, now = ([file["sha256"] for file in of] for of in (saved, files))
+        if before == now:
+            return
+        if sorted(before) == sorted(now):
+            number = next(i for i, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
+            place = f"{self.paths[f'{task}/{split}/{number}']} is the first out of place"
+            yield f"the {split} files of {task} are in another order than in the checkpoint: {place}"
+            return
+        old = [file for file in saved if file["sha256"] not in now]
+        new = [i for i, file in enumerate(files) if file["sha256"] not in before]
+        for i in new:
+            path = self.paths[f"{task}/{split}/{i}"]
+            # Of the same name, else the next that is not there any more.
+            match = next((file for file in old if file["name"] == files[i]["name"]), old[0] if old else None)
+            if match is None:
+                yield f"{path} ({split} file of {task}) is not in the checkpoint"
+            else:
+                old.remove(match)
+                yield f"{path} has changed since the checkpoint: {_difference(task, match, files[i])}"
+        for file in old:
+            yield f"{file['name']} ({split} file of {task}) is in the checkpoint but gone"
+        if not old and not new:
+            yield f"the {split} files of {task} are {len(now)}, were {len(before)} in the checkpoint"
 
 
 def identify(
     config: RunConfig, base: BaseModel, adapters: MoloraConfig, tasks: Sequence[TaskData], plan: MixPlan
 ) -> RunIdentity:
     """The identity of a run that is about to start."""
-    settings: dict[str, Any] = {"run.seed": config.run.seed, "model.dtype": config.model.dtype}
-    settings |= {"model.name": base.name, "model.revision": base.revision}
     sections = {
         "data": asdict(config.data),
         "training": asdict(config.training),
         "evaluation": asdict(config.evaluation),
         "adapters": asdict(adapters),
     }
-    for name, section in sections.items():
-        for key, value in section.items():
-            settings[f"{name}.{key}"] = list(value) if isinstance(value, tuple) else value
-    kept = {key: value for key, value in settings.items() if key not in _FREE}
-    paths = {
-        f"{t.name}/{key}": file for t in tasks for key, file in zip(_keys(t), t.fingerprints, strict=True)
+    settings: dict[str, Any] = {"run.seed": config.run.seed, "model.dtype": config.model.dtype}
+    settings |= {"model.name": base.name, "model.revision": base.revision}
+    settings |= {key: value for key, value in _flat(sections, "") if key not in _FREE}
+    paths = {task.name: str(task.spec.path) for task in tasks}
+    for task in tasks:
+        for split, files in task.fingerprints.items():
+            paths |= {f"{task.name}/{split}/{i}": file for i, file in enumerate(files)}
+    return RunIdentity(settings, {task.name: _contents(task) for task in tasks}, plan.state(), paths)
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys([*now, *saved]):
+        if key in now and key in saved and now[key] != saved[key]:
+            yield f"{key} was {saved[key]!r} in the checkpoint, is {now[key]!r}"
+        elif key not in saved:
+            yield f"{key} was not set in the checkpoint, is {now[key]!r}"
+        elif key not in now:
+            yield f"{key} was {saved[key]!r} in the checkpoint, is not set"
+
+
+def _contents(task: TaskData) -> dict[str, Any]:
+    recipe = row_settings(task.spec) | {"kind": task.spec.kind, "metric": task.spec.metric}
+    recipe.pop("images", None)  # a folder, which may move
+    return {
+        "recipe": {key: _hash(value) for key, value in recipe.items()},
+        **{split: _files(files) for split, files in task.fingerprints.items()},
     }
-    return RunIdentity(kept, {task.name: _contents(task) for task in tasks}, plan.state(), paths)
 
 
-def _keys(task: TaskData) -> list[str]:
-    return [f"{i}:{Path(file).name}" for i, file in enumerate(task.fingerprints)]
+def _files(fingerprints: Mapping[str, Fingerprint]) -> list[dict[str, Any]]:
+    return [{"name": Path(file).name, **of.to_json()} for file, of in fingerprints.items()]
 
 
-def _contents(task: TaskData) -> dict[str, str]:
-    templates = f"{task.spec.prompt}\n{task.spec.target}"
-    files = dict(zip(_keys(task), task.fingerprints.values(), strict=True))
-    return files | {"templates": hashlib.sha256(templates.encode()).hexdigest()}
+def _hash(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _difference(task: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of a file's content differs, for people."""
+    before, after = (
+        Fingerprint.from_json({key: value for key, value in of.items() if key != "name"})
+        for of in (saved, now)
+    )
+    number = before.first_difference(after)
+    sizes = [
+        f"{of.size:,} bytes" if of.lines is None else f"{of.lines:,} lines and {of.size:,} bytes"
+        for of in (before, after)
+    ]
+    where = f"from byte {number * CHUNK_BYTES:,} on (1 MiB chunk {number})"
+    return f"task {task}, {sizes[0]} then, {sizes[1]} now, the first difference is {where}"

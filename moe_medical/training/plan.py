@@ -6,18 +6,21 @@ task's rows, memory and traffic from the cost model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.known_shapes import known_shape, shape_of
 from moe_medical.base_model.shapes import LinearShape
 from moe_medical.config import MoloraConfig, RunConfig, resolve_adapters
+from moe_medical.config.schema import MixSection
 from moe_medical.console import show, show_table
+from moe_medical.data.dynamic import LEAD_STEPS
 from moe_medical.data.formats import ChatFormat
-from moe_medical.data.tasks import TaskData, build_plan, load_tasks
+from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
 from moe_medical.distributed.adapted_model import AdaptedModel
 from moe_medical.training.layout_plan import LayoutPlan, Machines, plan_layouts, show_layouts
+from moe_medical.training.mix_report import MixReport, compare_rules, show_comparison
 from moe_medical.training.sample_sizes import SampleSizes, mixture_sizes, task_sizes
 
 
@@ -49,6 +52,9 @@ class LayerPlan:
 @dataclass(frozen=True)
 class RunPlan:
     tasks: list[TaskPlan]
+    mix: MixSection
+    rules: MixReport
+    """All mixing rules for these tasks."""
     layers: list[LayerPlan]
     base_parameters: int
     layouts: LayoutPlan
@@ -80,12 +86,17 @@ def make_plan(config: RunConfig, machines: Machines | None = None, shape: str | 
     planned = _plan_tasks(config, tasks, sizes)
     sample = mixture_sizes(sizes, [task.samples for task in planned])
     layouts = plan_layouts(config, model, sample, machines or Machines(1, config.parallel.ranks))
-    return RunPlan(planned, _plan_layers(model), model.base.parameters, layouts)
+    samples, mix = config.training.steps * config.training.global_batch, config.data.mix
+    rules = compare_rules(mix, mix_sizes(tasks, config.data), samples, config.training.global_batch)
+    return RunPlan(planned, mix, rules, _plan_layers(model), model.base.parameters, layouts)
 
 
-def show_plan(plan: RunPlan) -> None:
-    """Print a plan as tables."""
+def show_plan(plan: RunPlan, compare: bool = False) -> None:
+    """Print a plan as tables; `compare` adds the other mixing rules."""
     _show_tasks(plan.tasks)
+    _show_mixing(plan)
+    if compare:
+        show_comparison(plan.rules)
     _show_layers(plan.layers)
     share = 100 * plan.trainable / plan.base_parameters
     show(f"trainable {plan.trainable:,} parameters, {share:.2f} % of the base's {plan.base_parameters:,}\n")
@@ -129,9 +140,43 @@ def _show_tasks(tasks: Sequence[TaskPlan]) -> None:
     totals = (sum(t.rows for t in tasks), sum(t.samples for t in tasks), sum(t.tokens for t in tasks))
     footer = (f"{len(tasks)} tasks", f"{totals[0]:,}", "", f"{totals[1]:,}", "", f"{totals[2]:,}")
     show_table(("task", "rows", "weight", "samples", "repeats", "tokens"), rows, footer)
-    unseen = [t.name for t in tasks if t.samples == 0]
+
+
+def _show_mixing(plan: RunPlan) -> None:
+    mix, chosen = plan.mix, plan.rules.chosen
+    caps = "no cap" if mix.max_repeats is None else f"at most {mix.max_repeats:g} epochs"
+    warm_up = ""
+    if mix.temperature_from is not None:
+        warm_up = f", T={mix.temperature_from:g} at first, over {mix.temperature_blocks} blocks"
+    effective = f"{chosen.effective_tasks:.1f} of {len(plan.tasks)} tasks in effect"
+    moved = ""
+    if mix.dynamic.rule != "none":
+        moved = f"; {mix.dynamic.rule} moves these shares up to {_decisions(plan)} times"
+    show(f"rule {chosen.title} by {mix.by}{warm_up}, {caps}; {effective}{moved}")
+    for line in _warnings(plan):
+        show(f"warning: {line}")
+    show("")
+
+
+def _warnings(plan: RunPlan) -> Iterator[str]:
+    unseen = [t.name for t in plan.tasks if t.samples == 0]
     if unseen:
-        show(f"warning: no sample of {', '.join(unseen)} in this run; make it longer or weigh them up\n")
+        yield f"no sample of {', '.join(unseen)} in this run; make it longer or weigh them up"
+    report, free = plan.rules, plan.rules.chosen.free_repeats
+    capped = [
+        f"{task.name} ({wanted:.1f} epochs)"
+        for task, wanted in zip(report.tasks, free, strict=True)
+        if task.max_repeats is not None and wanted > task.max_repeats
+    ]
+    if capped:
+        yield f"capped, with the epochs that the rule alone would take: {', '.join(capped)}"
+
+
+def _decisions(plan: RunPlan) -> int:
+    """Decisions of the dynamic rule that take effect before the run ends."""
+    mix, report = plan.mix, plan.rules
+    span, lead = mix.dynamic.every_blocks * mix.block, LEAD_STEPS * report.global_batch
+    return max(0, report.num_samples - 1 - lead) // span
 
 
 def _show_layers(layers: Sequence[LayerPlan]) -> None:

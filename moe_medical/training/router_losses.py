@@ -84,7 +84,7 @@ class RouterLosses:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in batches:
                 with self._context.bind(batch.token_mask_BS, batch.task_ids_BS, "count"):
-                    run_model(self._engine.module, batch, logits_to_keep=1)
+                    run_model(self._engine.module, batch, batch.target_columns_C[:1])
                     mask_T = self._context.token_mask_T
                     counted.append(routing_sums(self._context.routings.values(), mask_T))
         return RoutingSums(*(sum(column) for column in zip(*counted, strict=True)))

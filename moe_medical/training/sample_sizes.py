@@ -25,7 +25,7 @@ class SampleSizes:
 def task_sizes(task: TaskData, chat: ChatFormat) -> SampleSizes:
     """Of one task, measured on evenly spread rows."""
     picks = np.linspace(0, len(task.train) - 1, min(_ROWS_MEASURED, len(task.train))).astype(int)
-    rows = [chat.encode(task.train[i].prompt, task.train[i].target) for i in picks]
+    rows = chat.encode_many([(e.prompt, e.target) for e in task.train.take(picks.tolist())])
     lengths = [len(row.input_ids) for row in rows]
     targets = [len(row.input_ids) - row.num_prompt_tokens for row in rows]
     return SampleSizes(float(np.mean(lengths)), max(lengths), max(targets))

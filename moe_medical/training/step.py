@@ -37,7 +37,7 @@ def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: b
     mine = np.zeros(2 * num_tasks + 3)
     for batch in batches:
         mine[:num_tasks] += batch.targets_per_task(num_tasks).numpy()
-        mine[num_tasks : 2 * num_tasks] += batch.rows_per_task(num_tasks).numpy()
+        mine[num_tasks : 2 * num_tasks] += batch.samples_per_task(num_tasks).numpy()
         mine[-3] += batch.num_tokens
         mine[-2] += batch.num_truncated
     mine[-1] = stop
@@ -68,10 +68,11 @@ def accumulate(
     router_losses.begin_step(on_device, counts.all_tokens)
     for batch in on_device:
         with context.bind(batch.token_mask_BS, batch.task_ids_BS):
-            losses, task_ids = token_losses(engine, batch)
+            tokens = token_losses(engine, batch)
             router_losses.enter()
-            engine.backward((losses * weights_T[task_ids]).sum())
-            sums += task_sums(losses, task_ids, batch, num_tasks).numpy()
+            loss = (tokens.losses * weights_T[tokens.task_ids]).sum()
+            engine.backward(loss, last=batch is on_device[-1])
+            sums += task_sums(tokens, batch, num_tasks).numpy()
     return sums
 
 

@@ -37,6 +37,8 @@ class RunSummary:
     macro_score_before: float | None
     macro_score_after: float | None
     tasks_improved: int
+    accepted_data_changes: list[str]
+    """What a resumed run found changed and was told to accept; else empty."""
 
 
 def summarize(result: RunResult) -> RunSummary:
@@ -54,6 +56,7 @@ def summarize(result: RunResult) -> RunSummary:
         macro_score_before=result.before.macro_score,
         macro_score_after=result.after.macro_score,
         tasks_improved=sum(t.improved for t in tasks),
+        accepted_data_changes=list(result.accepted_changes),
     )
 
 
@@ -71,6 +74,8 @@ def show_summary(summary: RunSummary, result: RunResult) -> None:
     fall = 100 * (1 - summary.macro_loss_after / summary.macro_loss_before)
     improved = f"{summary.tasks_improved} of {len(summary.tasks)} tasks improved"
     show(f"macro-average evaluation loss fell by {fall:.1f} %; {improved}\n")
+    for change in summary.accepted_data_changes:
+        show(f"the data changed during this run: {change}\n")
     folder = result.folder
     for what, path in (
         ("adapter", folder.adapter),

@@ -21,9 +21,8 @@ from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.config.schema import Exchange
 from moe_medical.console import ProgressLine, progress_line
-from moe_medical.data.batches import TrainingBatches
-from moe_medical.data.formats import ChatFormat
-from moe_medical.data.tasks import TaskData, build_plan, load_tasks
+from moe_medical.data.loader import Loader
+from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.state import gather_parameters, gather_state, load_state, parameter_shapes
 from moe_medical.distributed.topology import Topology
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
@@ -32,6 +31,7 @@ from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
 from moe_medical.training.assembly import assemble
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
+from moe_medical.training.feed import Feed, agreed_batching
 from moe_medical.training.identity import identify
 from moe_medical.training.layout_plan import SizedLinear, exchange_chooser
 from moe_medical.training.preflight import check_context
@@ -55,6 +55,8 @@ class RunResult:
     after: Evaluation
     samples_per_task: np.ndarray
     """Samples of each task that the run trained on."""
+    accepted_changes: tuple[str, ...] = ()
+    """Changes of the data since the run began that the user has accepted."""
 
 
 class Trainer:
@@ -66,23 +68,18 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
         self.base = locate_base(config.model)
         check_context(config, self.base)
-        self.chat = ChatFormat.from_folder(
-            self.base.folder, config.data.system_prompt, config.data.max_length
-        )
-        self.tasks = load_tasks(config.data, config.evaluation.split, self.chat)
-        samples = config.training.steps * config.training.global_batch
-        self.plan = build_plan(self.tasks, config.data, config.run.seed, samples)
-        self.plan.counts(samples)  # fails now, not after hours, if the repeat caps cannot feed the run
+        self.feed = Feed(config, self.base)
+        self.tasks = self.feed.tasks
         self.adapters = resolve_adapters(config.adapters)
-        self.identity = identify(config, self.base, self.adapters, self.tasks, self.plan)
+        self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
         self.engine, self.context = assemble(
             config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)
         )
         over = config.training.balance_over
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over)
-        self.batches = self._training_batches()
+        self.batches = self.feed.batches(topology, agreed_batching(config.data.batching, self.engine))
         synced = self.engine.needs_equal_forwards
-        self.evaluator = Evaluator(self.tasks, self.chat, config.evaluation, topology, synced)
+        self.evaluator = Evaluator(self.tasks, self.feed.chat, config.evaluation, topology, synced)
         self.stop = StopFlag()
         self.meter = TaskMeter([t.name for t in self.tasks])
         self.speed = SpeedMeter()
@@ -111,24 +108,18 @@ class Trainer:
                 raise
             finally:
                 self.sinks.close(exit_code)
-        return RunResult(self.folder, self.tasks, before, after, self._samples(self.config.training.steps))
+        samples = self.feed.samples(self.config.training.steps)
+        changes = self.identity.accepted_changes
+        return RunResult(self.folder, self.tasks, before, after, samples, changes)
 
     # Setting up
 
-    def _samples(self, steps: int) -> np.ndarray:
-        return self.plan.counts(steps * self.config.training.global_batch)
-
     @cached_property
     def _choose_exchange(self) -> Callable[[Mapping[str, SizedLinear]], Exchange]:
-        counts = self._samples(self.config.training.steps)
-        sizes = mixture_sizes([task_sizes(task, self.chat) for task in self.tasks], counts.tolist())
+        counts = self.feed.samples(self.config.training.steps)
+        sizes = mixture_sizes([task_sizes(task, self.feed.chat) for task in self.tasks], counts.tolist())
         ranks = self.topology.world_size
         return exchange_chooser(self.config, self.adapters, sizes, ranks)
-
-    def _training_batches(self) -> TrainingBatches:
-        training, topology = self.config.training, self.topology
-        sizes = (training.global_batch, training.micro_batch, topology.rank, topology.world_size)
-        return TrainingBatches(self.plan, self.tasks, self.chat, *sizes)
 
     def _open_outputs(self, first: int) -> None:
         if self.topology.is_main:
@@ -140,7 +131,7 @@ class Trainer:
         self.folder.forget_evaluations(last)
         self._announce(first)
         self.folder.create(self.config)
-        self.folder.write_set_aside(record for task in self.tasks for record in task.bad)
+        self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
         jsonl = JsonlSink(self.folder.metrics)
         jsonl.truncate_after(last)
         self.sinks.append(jsonl)
@@ -181,6 +172,9 @@ class Trainer:
         if self.topology.is_main:
             self.meter.sums = np.array(checkpoint.state["meter"])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
+        if self.topology.is_main:
+            for change in self.identity.accepted_changes:
+                _LOG.warning("accepted: %s", change)
         return step
 
     def _agreed_newest_step(self) -> int | None:
@@ -202,7 +196,8 @@ class Trainer:
 
     def _check_resumable(self, checkpoint: Checkpoint) -> None:
         check_same_tensors(checkpoint, parameter_shapes(self.engine))
-        self.identity.check_resumes(checkpoint.state["identity"])
+        accept = self.config.checkpoint.accept_data_change
+        self.identity = self.identity.check_resumes(checkpoint.state["identity"], accept)
         if self.folder.read_evaluation(0) is None:
             lost = self.folder.evaluation(0)
             raise DataError(f"{lost} is lost and cannot be made again. Restore it or use a new run.name.")
@@ -236,22 +231,26 @@ class Trainer:
 
     def _train_from(self, first: int) -> None:
         training = self.config.training
-        with progress_line("training", training.steps, self.topology.is_main) as progress:
+        on_gpu = self.topology.device.type == "cuda"
+        with (
+            progress_line("training", training.steps, self.topology.is_main) as progress,
+            self.feed.loader(self.batches, pin=on_gpu) as loader,
+        ):
             progress.advance(first)
             for step in range(first, training.steps):
                 if self._due(self.config.evaluation.every_steps, step):
                     self._evaluation_at(step, f"evaluating at step {step}")
                 self.speed.restart()
-                self._one_step(step, progress)
+                self._one_step(step, loader, progress)
                 if self._due(self.config.checkpoint.every_steps, step + 1):
                     self._save_checkpoint(step + 1)
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
 
-    def _one_step(self, step: int, progress: ProgressLine) -> None:
+    def _one_step(self, step: int, loader: Loader, progress: ProgressLine) -> None:
         seed_step(self.config.run.seed, step, self.topology.rank)
-        batches = self.batches.step(step)
+        batches = loader.take(step, self.config.training.steps)
         counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
         if counts.stop:
             self._stop_at(step)
@@ -283,19 +282,10 @@ class Trainer:
             "health/truncated_prompts": self.truncated,
         }
         values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
-        values |= self._mixture_values(done)
+        values |= self.feed.shares(done)
         self.sinks.log(values, done)
         self.meter.reset()
         return loss
-
-    def _mixture_values(self, done: int) -> dict[str, float]:
-        samples = self._samples(done)
-        total = samples.sum()
-        shares = {f"mix/{t.name}": float(n / total) for t, n in zip(self.tasks, samples, strict=True)}
-        repeats = {
-            f"repeats/{t.name}": float(n / len(t.train)) for t, n in zip(self.tasks, samples, strict=True)
-        }
-        return shares | repeats
 
     def _note(self, loss: float) -> str:
         return f"loss {loss:.3f}  {self.speed.tokens_per_second:.0f} tokens/s"
@@ -349,7 +339,7 @@ def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> d
     """What a user of the adapter must know beside its weights."""
     # Options of other kinds of tasks differ by row: they are text of records, not labels.
     closed = [t for t in tasks if t.spec.kind in ("classification", "yes_no")]
-    labels = {t.name: sorted({c for e in t.train for c in e.choices}) for t in closed}
+    labels = {t.name: sorted(t.train.distinct_choices()) for t in closed}
     return {
         "base_model": base.name,
         "base_revision": base.revision,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from support.tiny import write_tiny_model, write_tiny_tasks
 
-from moe_medical.config.schema import DataSection, MixSection
-from moe_medical.data.batches import IGNORE, Batch, TrainingBatches, collate
+from moe_medical.config.schema import Batching, DataSection, MixSection
+from moe_medical.data.batches import IGNORE, Batch, BatchShape, TrainingBatches, collate, collate_packed
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
@@ -27,11 +28,29 @@ def test_collate_token_by_token() -> None:
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1]]
     assert batch.labels_BS.tolist() == [[x, x, x, 4, 5], [x, x, x, 9, 8], [x, x, x, x, 7]]
     assert batch.task_ids_BS.tolist() == [[0] * 5, [2] * 5, [2] * 5]
-    assert batch.num_target_columns == 2
+    assert batch.target_columns_C.tolist() == [3, 4]
+    assert batch.sample_targets_BS.tolist() == [[2] * 5, [0, 0, 2, 2, 2], [0, 0, 0, 1, 1]]
+    assert not batch.packed
     assert batch.num_tokens == 10  # a target token that equals the pad token counts
     assert batch.targets_per_task(4).tolist() == [2, 0, 3, 0]
-    assert batch.rows_per_task(4).tolist() == [1, 0, 2, 0]
+    assert batch.samples_per_task(4).tolist() == [1, 0, 2, 0]
     assert {t.dtype for t in (batch.input_ids_BS, batch.labels_BS, batch.task_ids_BS)} == {torch.int64}
+
+
+def test_collate_packed_token_by_token() -> None:
+    a, b, c = Encoded([1, 2, 3, 4, 5], 3, 0), Encoded([6, 9, 8], 1, 2), Encoded([7, 7], 1, 0)
+    batch = collate_packed([[(a, 0), (c, 2)], [(b, 1)]], PAD)
+    x = IGNORE
+    assert batch.input_ids_BS.tolist() == [[1, 2, 3, 4, 5, 7, 7], [6, 9, 8, PAD, PAD, PAD, PAD]]
+    assert batch.token_mask_BS.int().tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
+    assert batch.labels_BS.tolist() == [[x, x, x, 4, 5, x, 7], [x, 9, 8, x, x, x, x]]
+    assert batch.task_ids_BS.tolist() == [[0] * 5 + [2] * 2, [1] * 7]
+    assert batch.sample_targets_BS.tolist() == [[2] * 5 + [1] * 2, [2] * 3 + [0] * 4]
+    assert batch.target_columns_C.tolist() == [1, 2, 3, 4, 6]
+    assert (batch.num_tokens, batch.num_truncated, batch.packed) == (10, 1, True)
+    assert batch.targets_per_task(3).tolist() == [2, 2, 1]
+    assert batch.samples_per_task(3).tolist() == [1, 1, 1]
 
 
 class Material:
@@ -44,8 +63,11 @@ class Material:
         self.tasks: list[TaskData] = load_tasks(section, "test", self.chat)
         self.plan: MixPlan = build_plan(self.tasks, section, 3, 64)
 
-    def batches(self, global_batch: int, micro_batch: int, rank: int, world: int) -> TrainingBatches:
-        return TrainingBatches(self.plan, self.tasks, self.chat, global_batch, micro_batch, rank, world)
+    def batches(
+        self, global_batch: int, micro_batch: int, rank: int, world: int, batching: Batching = "grouped"
+    ) -> TrainingBatches:
+        shape = BatchShape(global_batch, micro_batch, rank, world, batching, pack_length=96)
+        return TrainingBatches(self.plan, self.tasks, self.chat, shape)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +79,17 @@ Sample = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def _samples(batch: Batch) -> list[Sample]:
-    """(task, tokens, target tokens) of each row, padding removed."""
-    rows = zip(batch.task_ids_BS, batch.input_ids_BS, batch.token_mask_BS, batch.labels_BS, strict=True)
-    return [
-        (int(task[0]), tuple(ids[mask].tolist()), tuple(labels[labels != IGNORE].tolist()))
-        for task, ids, mask, labels in rows
-    ]
+    """(task, tokens, target tokens) of each sample, padding removed."""
+    samples = []
+    for row in range(len(batch.input_ids_BS)):
+        mask = batch.token_mask_BS[row]
+        ids, labels = batch.input_ids_BS[row][mask], batch.labels_BS[row][mask]
+        starts = (batch.position_ids_BS[row][mask] == 0).nonzero().flatten().tolist()
+        for start, end in pairwise([*starts, len(ids)]):
+            targets = labels[start:end][labels[start:end] != IGNORE]
+            task = batch.task_ids_BS[row][mask][start]
+            samples.append((int(task), tuple(ids[start:end].tolist()), tuple(targets.tolist())))
+    return samples
 
 
 def _planned(material: Material, first: int, count: int) -> list[Sample]:
@@ -75,19 +102,33 @@ def _planned(material: Material, first: int, count: int) -> list[Sample]:
     return samples
 
 
+@pytest.mark.parametrize("batching", ["packed", "grouped", "padded"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_ranks_together_train_on_the_plans_slice(material: Material, world: int) -> None:
-    """Each rank has its contiguous part of it, in micro-batches sorted by length."""
-    share = 16 // world
+def test_the_ranks_together_train_on_the_plans_samples(
+    material: Material, world: int, batching: Batching
+) -> None:
+    """Whatever the layout, each sample once, and every rank as many forward passes."""
     for step in (0, 3):
-        for rank in range(world):
-            batches = material.batches(16, 4, rank, world).step(step)
-            assert [len(b.input_ids_BS) for b in batches] == [4] * (share // 4)
-            mine = [sample for batch in batches for sample in _samples(batch)]
-            assert Counter(mine) == Counter(_planned(material, step * 16 + rank * share, share))
-            lengths = [len(ids) for _, ids, _ in mine]
-            assert lengths == sorted(lengths)
-            assert len(set(lengths)) > 1
+        steps = [material.batches(16, 2, rank, world, batching).step(step) for rank in range(world)]
+        assert len({len(batches) for batches in steps}) == 1
+        everything = [sample for batches in steps for batch in batches for sample in _samples(batch)]
+        assert Counter(everything) == Counter(_planned(material, step * 16, 16))
+        assert all(len(b.input_ids_BS) <= 2 for batches in steps for b in batches)
+
+
+def test_packed_rows_are_full_and_grouped_rows_alike(material: Material) -> None:
+    useful = {}
+    for batching in ("packed", "grouped", "padded"):
+        batches = [b for step in range(4) for b in material.batches(16, 2, 0, 1, batching).step(step)]
+        useful[batching] = sum(b.num_tokens for b in batches) / sum(b.input_ids_BS.numel() for b in batches)
+        assert max(b.input_ids_BS.shape[1] for b in batches) <= 96
+    assert useful["packed"] > 0.95
+    assert useful["grouped"] > useful["padded"]
+
+
+def test_padded_rows_keep_the_order_of_the_mixture(material: Material) -> None:
+    batches = material.batches(16, 4, 0, 1, "padded").step(1)
+    assert [sample for batch in batches for sample in _samples(batch)] == _planned(material, 16, 16)
 
 
 def test_a_step_does_not_depend_on_the_steps_before(material: Material) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_medical.data.mixture import Exhausted, MixPlan, SampleRef, permute
-from moe_medical.data.rules import MIX_RULES, row_limits, spread_caps
+from moe_medical.data.rules import row_limits
 
 SIZES = [4000, 1800, 500, 60, 5]
 
@@ -175,15 +175,41 @@ def test_report_and_warnings() -> None:
 # --- changing weights and state ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefetched", [0, 64 * 19 + 5, 64 * 20, 64 * 39])
+@pytest.mark.parametrize("prefetched", [0, 5, 64 * 19 + 5, 64 * 20 - 1])
 def test_weight_change_is_the_same_before_and_after_prefetch(prefetched: int) -> None:
     eager, lazy = make(), make()
     eager.at(prefetched)
+    eager.counts(64 * 40)  # looking ahead is no reading ahead
     for plan in (eager, lazy):
         plan.set_weights([1, 1, 1, 1, 1], from_block=20)
     assert order(eager, 64 * 30) == order(lazy, 64 * 30)
     assert order(eager, 64 * 20) == order(make(), 64 * 20)
     assert lazy.at(64 * 21) != make().at(64 * 21)
+
+
+@pytest.mark.parametrize("read", [64 * 20, 64 * 39])
+def test_weights_of_a_block_that_was_read_cannot_change(read: int) -> None:
+    plan = make()
+    plan.at(read)
+    with pytest.raises(ValueError, match=f"after block {read // 64}, got 20"):
+        plan.set_weights([1, 1, 1, 1, 1], from_block=20)
+    again = make()
+    again.restore(plan.state(read + 1))
+    with pytest.raises(ValueError, match=f"after block {read // 64}, got 20"):
+        again.set_weights([1, 1, 1, 1, 1], from_block=20)
+    assert order(again, 64 * 30) == order(make(), 64 * 30)
+
+
+def test_history_and_weights_of_a_block() -> None:
+    plan = make(weights=[4, 2, 1, 1, 0])
+    plan.set_weights([1, 1, 1, 1, 0], from_block=3)
+    assert [(block, shares.tolist()) for block, shares in plan.history] == [
+        (0, [0.5, 0.25, 0.125, 0.125, 0]),
+        (3, [0.25, 0.25, 0.25, 0.25, 0]),
+    ]
+    assert plan.last_change == 3
+    assert [plan.weights_at(b)[0] for b in (0, 2, 3, 9)] == [0.5, 0.5, 0.25, 0.25]
+    assert [plan.block_of(g) for g in (0, 63, 64, 64 * 7)] == [0, 0, 1, 7]
 
 
 def test_weight_changes_move_forward() -> None:
@@ -205,6 +231,37 @@ def test_state_round_trip(plan: MixPlan, from_block: int, data: st.DataObject) -
     assert again.state() == plan.state()
     assert again.fingerprint == plan.fingerprint
     assert samples_until_exhausted(again, 200) == samples_until_exhausted(plan, 200)
+
+
+@settings(max_examples=15, deadline=None)
+@given(mixtures(), st.integers(1, 5), st.data())
+def test_resume_at_every_position(plan: MixPlan, from_block: int, data: st.DataObject) -> None:
+    """A state of position s gives the order from s on, and before it, without what lies before it."""
+    count = len(plan.state()["sizes"])
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=count, max_size=count))
+    plan.set_weights(weights, from_block)
+    whole = samples_until_exhausted(plan, 40)
+    for s in range(len(whole)):
+        state = json.loads(json.dumps(plan.state(s)))
+        resumed = MixPlan.from_state(state)
+        assert [resumed.at(g) for g in range(s, len(whole))] == whole[s:]
+        assert resumed.state(s) == plan.state(s) == MixPlan.from_state(plan.state()).state(s)
+        assert resumed.counts(len(whole)).tolist() == plan.counts(len(whole)).tolist()
+        assert resumed.at(s // 2) == whole[s // 2]
+
+
+def test_a_state_with_a_position_is_not_planned_again() -> None:
+    """What lies before it could be anything: only the counters of its block are used."""
+    state = make().state(64 * 200)
+    assert MixPlan.from_state(state).at(64 * 200) == make().at(64 * 200)
+    state["start"]["used"][0] += 1
+    assert [MixPlan.from_state(state).at(64 * 200 + i) for i in range(64)] != order(make(), 64 * 201)[-64:]
+
+
+def test_a_state_of_another_mixture_is_refused() -> None:
+    for other in (make(seed=8), make(cap=3.0), make(block=32), make(sizes=[4000, 1800, 500, 60, 6])):
+        with pytest.raises(ValueError, match="another mixture"):
+            make().restore(other.state())
 
 
 def test_fingerprint_ignores_the_history_only() -> None:
@@ -246,41 +303,3 @@ def test_permute_sends_each_index_everywhere_alike() -> None:
     found = permute(index, np.full_like(index, size), keys).reshape(trials, size)
     frequency = np.array([np.bincount(found[:, i], minlength=size) for i in range(size)]) / trials
     assert np.abs(frequency - 1 / size).max() < 0.03
-
-
-# --- rules ------------------------------------------------------------------------------------------------
-
-
-def test_mix_rules() -> None:
-    sizes = np.array([100, 4])
-    assert MIX_RULES["proportional"](sizes, 2.0).tolist() == [100, 4]
-    assert MIX_RULES["uniform"](sizes, 2.0).tolist() == [1, 1]
-    assert MIX_RULES["temperature"](sizes, 2.0).tolist() == [10, 2]
-    assert MIX_RULES["temperature"](sizes, 1.0).tolist() == [100, 4]
-
-
-def test_row_limits() -> None:
-    assert row_limits([10, 3, 5], [1.5, 0.1, None]).tolist() == [15, 1, 2**62]
-
-
-def test_spread_caps_by_hand() -> None:
-    # Shares .5 .3 .2 of 100 samples with limits 20, -, -: the surplus of 30 goes 3:2 to the others.
-    found = spread_caps(np.array([5.0, 3.0, 2.0]), np.array([20, 10**9, 10**9]), 100)
-    assert np.allclose(found, [0.2, 0.48, 0.32])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 10**6))
-def test_spread_caps_keeps_to_the_limits_where_they_suffice(data: st.DataObject, num_samples: int) -> None:
-    count = data.draw(st.integers(1, 8))
-    weights = np.array(data.draw(st.lists(st.floats(1e-3, 1e3), min_size=count, max_size=count)))
-    limits = np.array(data.draw(st.lists(st.integers(1, 10**6), min_size=count, max_size=count)))
-    found = spread_caps(weights, limits, num_samples)
-    assert np.isclose(found.sum(), 1)
-    if limits.sum() >= num_samples:
-        assert (found * num_samples <= limits * (1 + 1e-9)).all()
-        free = found * num_samples < limits * (1 - 1e-6)
-        ratio = (found / weights)[free]
-        assert np.allclose(ratio, ratio[:1])
-    else:
-        assert np.allclose(found, limits / limits.sum())

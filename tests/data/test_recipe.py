@@ -11,6 +11,8 @@ from moe_medical.data.recipe import (
     BuilderSource,
     FilesSource,
     HubSource,
+    HygieneSettings,
+    load_mixture,
     load_recipe,
     load_task,
     parse_template,
@@ -54,6 +56,64 @@ def test_reads_builder_and_hub_sources(tmp_path: Path) -> None:
     assert builder.source == BuilderSource("hpo/is_a")
     hub = load_task(write(tmp_path / "h.yaml", head + "source: {hub: {name: o/d, splits: {test: null}}}\n"))
     assert hub.source == HubSource("o/d", None, None, {"train": "train", "validation": "validation"})
+
+
+def test_reads_what_published_files_need(tmp_path: Path) -> None:
+    files = "{train: a.csv, header: [q, a], test: b.json, join: {by: key, test: c.json}}"
+    head = (
+        f"name: x\nkind: qa\nformat: llava\nimage: picture\nimages: ../pictures\nsource: {{files: {files}}}\n"
+    )
+    spec = load_task(write(tmp_path / "t/x.yaml", head + "where: {set: [a, b], part: 1}\n"))
+    assert (spec.format, spec.image, spec.where) == ("llava", "picture", {"set": ["a", "b"], "part": 1})
+    assert spec.images == tmp_path / "t/../pictures"
+    assert isinstance(spec.source, FilesSource)
+    assert (spec.source.header, spec.source.join_by) == (("q", "a"), "key")
+    assert dict(spec.source.join) == {"test": (f"{tmp_path}/t/c.json",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "rule"),
+    [
+        ("format: medqqa", "format", "Did you mean 'medqa'"),
+        ("images: folder", "images", "needs image"),
+        ("where: 3", "where", "wrong type"),
+        ("source: {files: {train: a.csv, header: [a, a]}}", "source.files.header", "different names"),
+        ("source: {files: {train: a.csv, header: []}}", "source.files.header", "different names"),
+        ("source: {files: {train: a.csv, join: {by: x}}}", "source.files.join", "a split that has files"),
+        (
+            "source: {files: {train: a.csv, join: {test: b.csv}}}",
+            "source.files.join",
+            "a split that has files",
+        ),
+        ("source: {files: {train: a.csv, join: {train: b}}}", "source.files.join.train", "must end in"),
+    ],
+)
+def test_mistakes_in_what_published_files_need(tmp_path: Path, text: str, key: str, rule: str) -> None:
+    source = "" if text.startswith("source") else "source: {files: {train: a.csv}}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_task(write(tmp_path / "t.yaml", f"name: x\nkind: qa\n{source}{text}\n"))
+    found = problems(caught.value)
+    assert set(found) == {f"t.yaml: {key}"}
+    assert rule in found[f"t.yaml: {key}"]
+
+
+def test_a_mixture_says_what_becomes_of_repeated_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", TASK.format(name="a"))
+    plain = load_mixture(write(tmp_path / "m.yaml", "name: m\ntasks: [a]\n"))
+    assert (plain.name, plain.hygiene) == ("m", HygieneSettings("keep", "keep", "keep", 0.8))
+    assert plain.tasks == load_recipe(tmp_path / "m.yaml")
+    text = "name: m\ntasks: [a]\nhygiene: {duplicates: drop, overlap: drop, threshold: 0.7}\n"
+    strict = load_mixture(write(tmp_path / "m.yaml", text))
+    assert strict.hygiene == HygieneSettings("drop", "keep", "drop", 0.7)
+
+
+def test_mistakes_of_hygiene(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", TASK.format(name="a"))
+    text = "name: m\ntasks: [a]\nhygiene: {duplicates: drp, overlaps: keep, threshold: 0}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_mixture(write(tmp_path / "m.yaml", text))
+    keys = ("hygiene.duplicates", "hygiene.overlaps", "hygiene.threshold")
+    assert set(problems(caught.value)) == {f"m.yaml: {key}" for key in keys}
 
 
 def test_mixture_takes_names_paths_and_globs_once_each(tmp_path: Path) -> None:

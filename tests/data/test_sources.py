@@ -67,7 +67,8 @@ def test_every_format_gives_the_same_examples(tmp_path: Path, suffix: str) -> No
         ("t", "2", "Q: 发热", "no", ("yes", "no")),
     ]
     assert split.bad == []
-    assert split.fingerprints == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    [(name, fingerprint)] = split.fingerprints.items()
+    assert (name, fingerprint.sha256) == (str(file), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def test_lists_numbers_and_missing_id(tmp_path: Path) -> None:
@@ -254,6 +255,8 @@ def test_hub_source_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.Mon
         ("1", "yes", ("yes", "no")),
         ("2", "no", ("yes", "no")),
     ]
+    parts = task(tmp_path, HubSource("set", None, None, {"train": "train[:1]", "validation": "train[1:]"}))
+    assert [load_split(parts, s, 0.0).examples[0].id for s in ("train", "validation")] == ["1", "2"]
     [digest] = split.fingerprints.values()
     assert digest == next(iter(load_split(spec, "train", 0.0).fingerprints.values()))
     with pytest.raises(DataError, match=r"t\.yaml: source\.hub: cannot load"):

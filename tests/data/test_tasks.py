@@ -14,13 +14,18 @@ from support.tiny import write_tiny_model, write_tiny_tasks
 
 from moe_medical.config.schema import DataSection, MixSection, TaskOverride
 from moe_medical.data.formats import ChatFormat
-from moe_medical.data.tasks import TaskData, build_plan, load_tasks
+from moe_medical.data.tasks import TOO_LONG, TaskData, build_plan, load_tasks
 from moe_medical.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
     return ChatFormat.from_folder(write_tiny_model(tmp_path_factory.mktemp("model")), None, 96)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_MEDICAL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -42,8 +47,8 @@ def test_tasks_come_in_recipe_order_with_both_splits(recipe: Path, chat: ChatFor
         ("last_word", 80, 12),
         ("even", 20, 8),
     ]
-    files = {Path(name).name for name in tasks[1].fingerprints}
-    assert files == {"even.train.jsonl", "even.validation.jsonl"}
+    files = {split: [Path(name).name for name in of] for split, of in tasks[1].fingerprints.items()}
+    assert files == {"train": ["even.train.jsonl"], "evaluation": ["even.validation.jsonl"]}
 
 
 def test_every_unknown_override_is_told_with_the_tasks_there_are(recipe: Path, chat: ChatFormat) -> None:
@@ -104,15 +109,20 @@ def _append(recipe: Path, split: str, target: str, count: int = 1) -> None:
             file.write(json.dumps({"id": f"long-{i}-{len(target)}", "input": "w1", "output": target}) + "\n")
 
 
-def test_rows_whose_target_does_not_fit_are_left_out_with_a_warning(
+def test_rows_whose_target_does_not_fit_are_set_aside(
     recipe: Path, chat: ChatFormat, caplog: pytest.LogCaptureFixture
 ) -> None:
     _append(recipe, "train", "yes " * 100)
     _append(recipe, "validation", "发热 " * 60, count=2)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         task = _load(recipe, chat)[1]
     assert (len(task.train), len(task.evaluation)) == (20, 8)
-    assert "even: 3 rows left out, their target exceeds max_length" in caplog.text
+    assert task.set_aside_counts() == {TOO_LONG: 3}
+    assert [(Path(b.file).name, b.line, b.reason) for b in task.set_aside()] == [
+        ("even.train.jsonl", 21, TOO_LONG),
+        *(("even.validation.jsonl", line, TOO_LONG) for line in (9, 10)),
+    ]
+    assert f"even: 3 records set aside: 3 x {TOO_LONG}" in caplog.text
     assert "yes yes" not in caplog.text
 
 
@@ -134,3 +144,34 @@ def test_a_split_without_a_row_that_fits_is_refused(recipe: Path, chat: ChatForm
         DataError, match=r"even\.yaml: no row is left whose target fits data\.max_length \(96\)"
     ):
         load_tasks(DataSection(str(recipe), max_length=96), "validation", chat)
+
+
+def test_what_the_mixtures_hygiene_drops_is_not_trained_on(
+    recipe: Path, chat: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = recipe.parent
+    rows = [json.loads(line) for line in (folder / "even.train.jsonl").read_text().splitlines()]
+    leak = json.loads((folder / "even.test.jsonl").read_text().splitlines()[0])
+    copies = [
+        {**rows[4], "id": "copy"},
+        {**leak, "id": "leak"},
+        {**rows[2], "id": "long", "output": "no " * 100},
+    ]
+    (folder / "even.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*copies, *rows]))
+    _edit(folder / "even.yaml", id="id")
+    plain = _load(recipe, chat)[1]
+    assert [len(plain.train), plain.train[0].id, plain.train[1].id] == [22, "copy", "leak"]
+    _edit(recipe, hygiene={"duplicates": "drop", "overlap": "drop"})
+    with caplog.at_level(logging.INFO):
+        cleaned = _load(recipe, chat)
+        again = _load(recipe, chat)
+    train = cleaned[1].train
+    ids = [e.id for e in train]
+    assert "leak" not in ids  # a row of the test split, which this run does not read otherwise
+    assert "copy" in ids
+    assert rows[4]["id"] not in ids
+    assert ids == [e.id for e in again[1].train]
+    assert cleaned[1].set_aside_counts() == {TOO_LONG: 1}
+    assert caplog.text.count("even: ") == 3  # what is set aside is told twice, the comparison is made once
+    tokens = cleaned[1].tokens
+    assert tokens.encoded([0]) == [chat.encode(train[0].prompt, train[0].target)]

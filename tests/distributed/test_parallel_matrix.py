@@ -182,7 +182,8 @@ def _check_layout(trainer: Trainer, cell: Cell) -> None:
     from moe_medical.adapters.model import routed_layers
 
     engine, ep_size = trainer.engine, int(cell.ep)
-    assert (engine.stage, engine.accumulation) == (int(cell.zero), int(cell.accumulation))
+    assert engine.stage == int(cell.zero)
+    assert len(trainer.batches.step(0)) == int(cell.accumulation)
     assert engine.deepspeed.zero_cpu_offload() == (cell.offload == "cpu")
     assert (engine.group.size if engine.group else 1) == ep_size
     for layer in routed_layers(engine.module).values():

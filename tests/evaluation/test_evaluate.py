@@ -17,7 +17,7 @@ from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config
 from moe_medical.config.schema import EvaluationSection, ModelSection
-from moe_medical.data.batches import Batch, collate
+from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
@@ -159,14 +159,26 @@ def test_token_losses_are_plain_cross_entropy(
 ) -> None:
     model, batch, rows = batch_and_rows
     with torch.no_grad():
-        losses, task_ids = token_losses(model, batch)
+        tokens = token_losses(model, batch)
     expected = torch.cat([_row_losses(model, row) for row in rows])
-    torch.testing.assert_close(losses, expected)
-    assert task_ids.tolist() == [2] * 3 + [0] + [2] * 3
+    torch.testing.assert_close(tokens.losses, expected)
+    assert tokens.task_ids.tolist() == [2] * 3 + [0] + [2] * 3
+    assert tokens.sample_targets.tolist() == [3] * 3 + [1] + [3] * 3
     one = float(expected[3])
-    sums = task_sums(losses, task_ids, batch, num_tasks=4).numpy()
+    sums = task_sums(tokens, batch, num_tasks=4).numpy()
     assert sums[0] == pytest.approx([one, 0, float(expected.sum()) - one, 0])
     assert sums[1:].tolist() == [[1, 0, 6, 0], [1, 0, 2, 0]]
+
+
+def test_packed_rows_have_the_losses_of_separate_ones(
+    batch_and_rows: tuple[nn.Module, Batch, list[Encoded]],
+) -> None:
+    model, _, (a, b, c) = batch_and_rows
+    with torch.no_grad():
+        packed = token_losses(model, collate_packed([[(a, 2), (b, 0)], [(c, 1)]], pad_id=2))
+    expected = torch.cat([_row_losses(model, row) for row in (a, b, c)])
+    torch.testing.assert_close(packed.losses, expected)
+    assert packed.task_ids.tolist() == [2, 2, 2, 0, 1, 1, 1]
 
 
 def test_token_weights_give_each_task_its_share_of_samples() -> None:

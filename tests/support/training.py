@@ -36,6 +36,7 @@ class Layout:
     checkpointing: str = "none"
     keep_gathered: bool = False
     overlap: bool = True
+    batching: str = "grouped"
 
     def configured(self, run: str, ranks: int, settings: Sequence[str] = ()) -> RunConfig:
         """The run file in this layout; its DeepSpeed JSONs are those of `write_zero_settings`."""
@@ -45,6 +46,7 @@ class Layout:
         overrides = {
             "training.micro_batch": size // (ranks * self.accumulation),
             "training.activation_checkpointing": self.checkpointing,
+            "data.batching": self.batching,
             "parallel.ranks": ranks,
             "parallel.ep_size": self.ep_size,
             "parallel.exchange": self.exchange,

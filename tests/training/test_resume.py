@@ -186,7 +186,7 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
             "training.global_batch was 8 in the checkpoint",
             "other shape ['model.layers.0.mlp.down_proj.lora_A",
             "run.seed was 17 in the checkpoint, is 3",
-            "'block': 16} in the checkpoint, is",
+            "data.mix.block was 16 in the checkpoint, is 8",
             "",
             "step-00000000.json is lost",
             f"every checkpoint in {checkpoints} is damaged",

@@ -1,0 +1,314 @@
+"""The usable rows of a split on disk: written in one pass, read at random through a memory map.
+
+Decisions: memory does not grow with the data, neither while a store is written (batches of 1024 rows; of
+ids, 64 bits of hash) nor while it is read (pages of a memory map, which belong to the system). Rows that
+are left out later make a view with 8 bytes a row, not a copy. A store keeps line and digest of each record,
+so a row can be set aside at any time without its text; file names are given at opening, as files may move.
+The store holds record text: see `store.py` for who may read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moe_medical.data.store import BatchFile, BatchWriter, Rows, content_key, damaged
+
+BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 2**24
+_DIGEST_BYTES = 6
+_FIELDS = ("id", "prompt", "target", "choices", "image")
+_BAD, _KEPT, _META = "bad.jsonl", "kept.npy", "meta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One record as text, ready for the chat format."""
+
+    task: str
+    id: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+    image: str | None = None
+    """File of the record's image, or `archive.zip/member`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Where a record is that was set aside, and why. Never its text."""
+
+    file: str
+    line: int
+    reason: str
+    digest: str
+    """First 12 hex digits of the sha256 of the raw record."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.reason}:{self.digest}"
+
+
+def record_digest(data: bytes) -> str:
+    """What stands for a raw record in reports."""
+    return hashlib.sha256(data).hexdigest()[: 2 * _DIGEST_BYTES]
+
+
+class _Store:
+    """The files that `RowWriter` left, with the names of their sources."""
+
+    def __init__(self, folder: Path, task: str, files: Sequence[str], key: str) -> None:
+        self.folder, self.task, self.files, self.key = folder, task, list(files), key
+        self.table = BatchFile(folder, "rows")
+        self.meta = _read_meta(folder)
+        self._ends = np.cumsum([source["rows"] for source in self.meta["sources"]])
+
+    def sources(self, places: Rows) -> list[str]:
+        """File of each row."""
+        return [self.files[source] for source in self._ends.searchsorted(places, side="right")]
+
+
+class TextRows(Sequence[Example]):
+    """Rows of a store, or some of them in any order. Read-only; safe to read from several threads."""
+
+    def __init__(self, store: _Store, selection: Rows | None) -> None:
+        self._store, self._selection = store, selection
+
+    @classmethod
+    def open(cls, folder: Path, task: str, files: Sequence[str], key: str) -> TextRows:
+        """The rows of a store, but for those whose id an earlier row has.
+
+        Args:
+            folder: where a `RowWriter` has written.
+            task: the name that the examples bear.
+            files: names of the store's sources, in order.
+            key: of the store's content.
+
+        Raises:
+            StorageError: the store is damaged.
+        """
+        kept = folder / _KEPT
+        selection = np.load(kept, mmap_mode="r") if kept.exists() else None
+        return cls(_Store(folder, task, files, key), selection)
+
+    def __len__(self) -> int:
+        return len(self._store.table) if self._selection is None else len(self._selection)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> TextRows: ...
+
+    def __getitem__(self, i: int | slice) -> Example | TextRows:
+        if isinstance(i, slice):
+            return self.select(np.arange(len(self))[i])
+        return self.take([index(i)])[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (example for batch in self.batches() for example in batch)
+
+    def batches(self, rows: int = BATCH_ROWS) -> Iterator[list[Example]]:
+        """All rows in order, so many at a time."""
+        for first in range(0, len(self), rows):
+            yield self.take(range(first, min(first + rows, len(self))))
+
+    def take(self, rows: Sequence[int]) -> list[Example]:
+        """The rows with these numbers, quicker than one by one."""
+        places = self._places(rows)
+        found: list[Example | None] = [None] * len(places)
+        for group, batch in self._store.table.take(places):
+            for place, example in zip(group.tolist(), self._examples(places[group], batch), strict=True):
+                found[place] = example
+        return [example for example in found if example is not None]
+
+    def select(self, rows: Rows) -> TextRows:
+        """A view of the rows with these numbers, in this order."""
+        return TextRows(self._store, self._places(rows))
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that the rows depend on, file names apart."""
+        if self._selection is None:
+            return self._store.key
+        selected = hashlib.sha256(np.ascontiguousarray(self._selection).data).hexdigest()
+        return content_key([self._store.key, selected])
+
+    def distinct_choices(self) -> set[str]:
+        """All options of all rows."""
+        found: set[str] = set()
+        for first in range(0, len(self) if self._store.meta["choices"] else 0, BATCH_ROWS):
+            places = self._places(range(first, min(first + BATCH_ROWS, len(self))))
+            for _, batch in self._store.table.take(places):
+                found.update(pc.unique(batch.column("choices").flatten()).to_pylist())
+        return found
+
+    def records(self, rows: Sequence[int], reason: str) -> list[BadRecord]:
+        """The rows with these numbers as records that are set aside."""
+        places = self._places(rows)
+        found: dict[int, BadRecord] = {}
+        for group, batch in self._store.table.take(places):
+            files = self._store.sources(places[group])
+            lines, digests = batch.column("line").to_pylist(), batch.column("digest").to_pylist()
+            for place, file, line, digest in zip(group.tolist(), files, lines, digests, strict=True):
+                found[place] = BadRecord(file, line, reason, digest.hex())
+        return [found[place] for place in range(len(places))]
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What `RowWriter.end_source` was told of each source."""
+        return [source["told"] for source in self._store.meta["sources"]]
+
+    def bad_records(self) -> list[BadRecord]:
+        """What was set aside when the store was written, in the order of the sources."""
+        lines = (self._store.folder / _BAD).read_text().splitlines()
+        found = sorted(map(json.loads, lines))
+        return [BadRecord(self._store.files[source], *rest) for source, *rest in found]
+
+    def _places(self, rows: Sequence[int] | Rows) -> Rows:
+        """Row numbers of the view -> of the file."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        numbers = np.where(numbers < 0, numbers + len(self), numbers)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= len(self)):
+            raise IndexError(f"a row is outside of the {len(self)} there are")
+        return numbers if self._selection is None else np.asarray(self._selection[numbers])
+
+    def _examples(self, places: Rows, batch: pa.RecordBatch) -> Iterator[Example]:
+        columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != "digest"}
+        choices = columns.get("choices") or [()] * batch.num_rows
+        ids = columns.get("id") or self._numbered(places, columns["line"])
+        images = columns.get("image") or [None] * batch.num_rows
+        texts = zip(ids, columns["prompt"], columns["target"], map(tuple, choices), images, strict=True)
+        return (Example(self._store.task, *text) for text in texts)
+
+    def _numbered(self, places: Rows, lines: Sequence[int]) -> list[str]:
+        """Identities of records that have none: file name and line."""
+        files = self._store.sources(places)
+        return [f"{Path(file).name}:{line}" for file, line in zip(files, lines, strict=True)]
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((folder / _META).read_text())
+        return meta
+    except (OSError, ValueError):
+        raise damaged(folder) from None
+
+
+class RowWriter:
+    """Writes a store into an empty folder: `add` and `set_aside`, `end_source` per source, `finish`."""
+
+    def __init__(self, folder: Path, has_ids: bool, has_choices: bool, has_images: bool = False) -> None:
+        self._folder, self._has_ids = folder, has_ids
+        schema = [("prompt", pa.large_string()), ("target", pa.large_string())]
+        schema += [("id", pa.large_string())] if has_ids else []
+        schema += [("choices", pa.list_(pa.large_string()))] if has_choices else []
+        schema += [("image", pa.large_string())] if has_images else []
+        schema += [("line", pa.int64()), ("digest", pa.binary(_DIGEST_BYTES))]
+        self._schema = pa.schema(schema)
+        self._writer = BatchWriter(folder, "rows", self._schema)
+        self._bad = (folder / _BAD).open("w")
+        self._meta: dict[str, Any] = {"sources": [], "choices": has_choices}
+        self._hashes = array("q")
+        self._empty_batch()
+        self._rows = 0
+
+    def add(self, example: Example, line: int, data: bytes) -> None:
+        """One usable record; `id`, `choices` and `image` are kept where the store was made to."""
+        digest = bytes.fromhex(record_digest(data))
+        row = {name: getattr(example, name) for name in _FIELDS} | {"line": line, "digest": digest}
+        for name, values in self._batch.items():
+            values.append(row[name])
+        if self._has_ids:
+            self._hashes.append(hash(example.id))
+        self._rows += 1
+        self._characters += len(example.prompt) + len(example.target)
+        if len(self._batch["line"]) == BATCH_ROWS or self._characters > _BATCH_CHARACTERS:
+            self._flush()
+
+    def set_aside(self, line: int, reason: str, digest: str) -> None:
+        """One record that cannot be used."""
+        self._note(len(self._meta["sources"]), line, reason, digest)
+
+    def end_source(self, told: dict[str, Any]) -> None:
+        """What follows is of the next source; `told` are JSON values that `TextRows.sources` gives back."""
+        self._meta["sources"].append({"rows": self._rows, "told": told})
+        self._rows = 0
+
+    def finish(self) -> None:
+        """Set aside each row whose id an earlier row has, and close the files."""
+        self._flush()
+        self._writer.close()
+        (self._folder / _META).write_text(json.dumps(self._meta))
+        if self._has_ids:
+            self._set_repeats_aside()
+        self._bad.close()
+
+    def _empty_batch(self) -> None:
+        self._batch: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._characters = 0
+
+    def _flush(self) -> None:
+        if self._batch["line"]:
+            self._writer.write(pa.RecordBatch.from_pydict(self._batch, self._schema))
+            self._empty_batch()
+
+    def _note(self, source: int, line: int, reason: str, digest: str) -> None:
+        self._bad.write(json.dumps([source, line, reason, digest]) + "\n")
+
+    def _set_repeats_aside(self) -> None:
+        file = BatchFile(self._folder, "rows")
+        repeats = np.array(
+            sorted(_repeats(np.frombuffer(self._hashes, dtype=np.int64), file)), dtype=np.int64
+        )
+        if not len(repeats):
+            return
+        np.save(self._folder / _KEPT, np.delete(np.arange(len(file)), repeats))
+        ends = np.cumsum([source["rows"] for source in self._meta["sources"]])
+        sources = ends.searchsorted(repeats, side="right")
+        for group, batch in file.take(repeats):
+            lines, digests = batch.column("line").to_pylist(), batch.column("digest").to_pylist()
+            for source, line, digest in zip(sources[group].tolist(), lines, digests, strict=True):
+                self._note(source, line, "duplicate id", digest.hex())
+
+
+def _repeats(hashes: Rows, file: BatchFile) -> Iterator[int]:
+    """Rows whose id an earlier row has; rows of one hash are compared by the id itself."""
+    ordered = np.sort(hashes)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    suspects = _found_in(twice, hashes)
+    order = np.argsort(hashes[suspects], kind="stable")
+    suspects = suspects[order]
+    for group in np.split(suspects, np.flatnonzero(np.diff(hashes[suspects])) + 1):
+        seen: set[str] = set()
+        for row, id in zip(group.tolist(), _ids(file, group), strict=True):
+            if id in seen:
+                yield row
+            seen.add(id)
+
+
+def _found_in(values: Rows, hashes: Rows, piece: int = 2**20) -> Rows:
+    """Places of `hashes` that hold one of the sorted `values`."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for first in range(0, len(hashes) if len(values) else 0, piece):
+        part = hashes[first : first + piece]
+        near = values[np.minimum(values.searchsorted(part), len(values) - 1)]
+        found.append(np.flatnonzero(near == part) + first)
+    return np.concatenate(found)
+
+
+def _ids(file: BatchFile, rows: Rows) -> Iterable[str]:
+    found: dict[int, str] = {}
+    for group, batch in file.take(rows):
+        found.update(zip(group.tolist(), batch.column("id").to_pylist(), strict=True))
+    return (found[place] for place in range(len(rows)))

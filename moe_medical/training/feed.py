@@ -1,0 +1,85 @@
+"""The data side of a run: tasks, their mixture, and the micro-batches of every step."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from moe_medical.base_model import BaseModel
+from moe_medical.config import RunConfig
+from moe_medical.config.schema import Batching
+from moe_medical.data.batches import BatchShape, TrainingBatches
+from moe_medical.data.formats import ChatFormat
+from moe_medical.data.loader import Loader
+from moe_medical.data.tasks import build_plan, load_tasks
+from moe_medical.data.tokens import keep_tokens
+from moe_medical.distributed.engine import Engine
+from moe_medical.distributed.topology import Topology
+from moe_medical.evaluation.packing_check import why_not_packed
+
+_LOG = logging.getLogger(__name__)
+
+
+class Feed:
+    """What a run trains on.
+
+    Attributes:
+        chat: The base model's token format.
+        tasks: In the recipe's order; a task id is a position in it.
+        plan: Which sample is which row of which task.
+
+    Raises:
+        MoeMedicalError: the recipe, its files or their caps cannot feed the run.
+    """
+
+    def __init__(self, config: RunConfig, base: BaseModel) -> None:
+        data, training = config.data, config.training
+        self.chat = ChatFormat.from_folder(base.folder, data.system_prompt, data.max_length)
+        tasks = load_tasks(data, config.evaluation.split, self.chat)
+        self._data, self._training = data, training
+        self.plan = build_plan(tasks, data, config.run.seed, training.steps * training.global_batch)
+        samples = self.samples(training.steps)  # fails now, not after hours, if the caps cannot feed the run
+        self.tasks = keep_tokens(tasks, samples.tolist(), data.token_cache)
+
+    def samples(self, steps: int) -> np.ndarray:
+        """Samples of each task in the first `steps` steps, shape (tasks,)."""
+        return self.plan.counts(steps * self._training.global_batch)
+
+    def batches(self, topology: Topology, batching: Batching) -> TrainingBatches:
+        """The micro-batches of this rank."""
+        training, data = self._training, self._data
+        shape = BatchShape(
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            batching=batching,
+            pack_length=data.pack_length or data.max_length,
+        )
+        return TrainingBatches(self.plan, self.tasks, self.chat, shape)
+
+    def loader(self, batches: TrainingBatches, pin: bool) -> Loader:
+        """The same, made ready in the background."""
+        return Loader(batches, self._data.workers, self._data.prefetch_steps, pin)
+
+    def shares(self, done: int) -> dict[str, float]:
+        """Share and repeats of each task in the first `done` steps, as series."""
+        samples = self.samples(done).tolist()
+        named = list(zip(self.tasks, samples, strict=True))
+        shares = {f"mix/{task.name}": n / sum(samples) for task, n in named}
+        return shares | {f"repeats/{task.name}": n / len(task.train) for task, n in named}
+
+
+def agreed_batching(wanted: Batching, engine: Engine) -> Batching:
+    """`wanted`, or `grouped` where the base model cannot keep packed samples apart.
+
+    Collective: every rank must call, and all try the same tokens, so they agree.
+    """
+    if wanted != "packed":
+        return wanted
+    reason = why_not_packed(engine.module, engine.topology.device)
+    if reason is None:
+        return wanted
+    _LOG.warning("data.batching: grouped instead of packed, for %s", reason)
+    return "grouped"

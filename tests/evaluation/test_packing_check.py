@@ -1,0 +1,78 @@
+"""Models that keep packed samples apart pass the check; those that cannot are told apart by their numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_medical.evaluation.packing_check import why_not_packed
+
+CPU = torch.device("cpu")
+DECODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+
+def tiny(family: str, settings: dict, attention: str | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+@pytest.mark.parametrize("attention", ["eager", None])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gemma3_text"]
+)
+def test_decoders_with_rotary_positions_pack(family: str, attention: str | None) -> None:
+    assert why_not_packed(tiny(family, DECODER, attention), CPU) is None
+
+
+def test_learned_positions_pack() -> None:
+    assert why_not_packed(tiny("gpt2", GPT2), CPU) is None
+
+
+def test_bfloat16_packs() -> None:
+    assert why_not_packed(tiny("llama", DECODER).bfloat16(), CPU) is None
+
+
+@pytest.mark.parametrize(("family", "settings"), [("bloom", BLOOM), ("mamba", MAMBA)])
+def test_models_without_positions_do_not(family: str, settings: dict) -> None:
+    assert why_not_packed(tiny(family, settings), CPU)
+
+
+def test_a_mask_that_ignores_positions_is_found_out() -> None:
+    """Full causal attention over the row, as a model would have that does not know packing."""
+    model = tiny("llama", DECODER)
+    forward = model.forward
+
+    class Leaky(nn.Module):
+        def forward(self, attention_mask: torch.Tensor | None = None, **inputs: torch.Tensor) -> object:
+            return forward(attention_mask=torch.ones_like(inputs["input_ids"]), **inputs)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return model.get_input_embeddings()
+
+        def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
+            return model.parameters(recurse)
+
+    assert "see each other" in str(why_not_packed(Leaky(), CPU))
+
+
+def test_dropout_is_left_as_it_was() -> None:
+    model = tiny("llama", DECODER | {"attention_dropout": 0.5}).train()
+    assert why_not_packed(model, CPU) is None
+    assert model.training
