@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return e.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `moe-medical plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 0
     except Exception:
         _LOG.exception("internal error; please report it")
         return MoeMedicalError.exit_code

@@ -23,6 +23,9 @@ Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
 TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
 Surgery = Literal["none", "pcgrad", "upgrad", "imtl_g", "mgda", "aligned_mtl", "cagrad", "nash_mtl"]
 
+MAX_PREFETCH_STEPS = 8
+"""Steps that may be read ahead; a dynamic mixture changes none of them."""
+
 
 @dataclass
 class RunSection:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from moe_medical.config.schema import DataSection, DynamicMixSection, MixSection, RunConfig
+from moe_medical.config.schema import (
+    MAX_PREFETCH_STEPS,
+    DataSection,
+    DynamicMixSection,
+    MixSection,
+    RunConfig,
+)
 from moe_medical.errors import Problem
 
 
@@ -67,4 +73,13 @@ def _must(holds: bool, key: str, rule: str, actual: object, fix: str = "") -> It
 
 def loader_problems(config: RunConfig) -> Iterator[Problem]:
     """Problems of batching, packing, workers and prefetching."""
-    yield from ()
+    data, least = config.data, config.data.max_length
+    fits = data.pack_length is None or data.pack_length >= least
+    rule = f"must be at least max_length ({least}), or null"
+    if not fits:
+        yield Problem("data.pack_length", rule, data.pack_length, f"Try {least}.")
+    if data.workers < 0:
+        yield Problem("data.workers", "must not be negative", data.workers)
+    if not 1 <= data.prefetch_steps <= MAX_PREFETCH_STEPS:
+        rule = f"must be from 1 to {MAX_PREFETCH_STEPS}"
+        yield Problem("data.prefetch_steps", rule, data.prefetch_steps)

@@ -23,7 +23,7 @@ _SOLVERS = {
 
 
 def loss_problems(config: RunConfig) -> Iterator[Problem]:
-    """Problems of `training.loss`."""
+    """Problems of `training.loss`, and of the mixing rule that needs the tasks' gradients too."""
     loss = config.training.loss
     if not 0 < loss.temperature < math.inf:
         yield Problem("training.loss.temperature", "must be finite and > 0", loss.temperature)
@@ -33,6 +33,8 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.loss.window", "must be at least 1", loss.window)
     if loss.surgery != "none":
         yield from _surgery_problems(config)
+    if config.data.mix.dynamic.rule == "doge":
+        yield from task_gradient_problems(config, "data.mix.dynamic.rule", "doge")
 
 
 def task_gradient_problems(config: RunConfig, key: str, value: str) -> Iterator[Problem]:

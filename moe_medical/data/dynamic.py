@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from moe_medical.config.schema import DynamicMixSection, MixSection
+from moe_medical.config.schema import MAX_PREFETCH_STEPS, DynamicMixSection, MixSection
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.rules import (
     Floats,
@@ -33,8 +33,8 @@ from moe_medical.data.rules import (
     units_per_sample,
 )
 
-LEAD_STEPS = 8
-"""Steps between a decision and the first sample that it may change; at least `data.prefetch_steps`."""
+LEAD_STEPS = MAX_PREFETCH_STEPS
+"""Steps between a decision and the first sample that it may change."""
 _LEAST_GATE = 0.005
 _FULL_RATIO = 4.0
 _TINY = 1e-12

@@ -41,7 +41,8 @@ class Topology:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Elementwise sum over all ranks. Collective: every rank must call."""
-        tensor = torch.as_tensor(values, dtype=torch.float64).to(self.device)
+        # A copy: the sum must not be written into the caller's array.
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 

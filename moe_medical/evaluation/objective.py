@@ -1,24 +1,28 @@
 """The language-model loss, task by task.
 
-Default objective (design: per-task token mean): with N_i supervised tokens and n_i samples of task i in
-the *global* step, n = sum_i n_i,
+A step's loss is a weighted sum over the target tokens of the *global* step. With N_i of them in n_i samples
+of task i, n = sum_i n_i, and m_s in sample s, the weight of a token of sample s of task i is u_i times
 
-    L = sum_i (n_i / n) * (1 / N_i) * sum_{t in task i} loss_t
+    task_token_mean   n_i / (n N_i)     each task its mean per token, and the mixture's share of samples: long
+                                        answers do not drown short ones (the default)
+    token_mean        1 / sum_j N_j     each token alike
+    example_mean      1 / (n m_s)       each sample its mean per token
 
-so that long answers do not drown short ones and the mixture's shares are kept. N_i and n_i are summed
-over ranks and accumulation steps before the first backward, so the loss does not depend on either.
+u_i is 1 unless the run weighs its tasks. All counts are summed over ranks and micro-batches before the first
+backward, so that the loss depends on neither, nor on how samples are laid out in rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from moe_medical.config.schema import Normalise
 from moe_medical.data.batches import IGNORE, Batch
 
 Forward = Callable[..., Any]
@@ -79,14 +83,41 @@ def task_sums(tokens: TokenLosses, batch: Batch, num_tasks: int) -> TaskSums:
     return TaskSums(total, batch.targets_per_task(num_tasks), batch.samples_per_task(num_tasks))
 
 
-def token_weights(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Weight of one token of each task in the global objective, n_i / (n N_i); 0 for absent tasks.
+@dataclass(frozen=True)
+class TokenWeights:
+    """Weight of each target token in the loss of a global step."""
 
-    Args:
-        tokens: supervised tokens N_i of the global step, shape (num_tasks,).
-        rows: samples n_i of the global step, shape (num_tasks,).
-    """
-    present = tokens > 0
-    weights = np.zeros(len(tokens))
-    weights[present] = rows[present] / (rows.sum() * tokens[present])
-    return weights
+    task_T: torch.Tensor
+    """Of one token of each task, float32; of one sample where `per_sample`."""
+    per_sample: bool
+
+    @classmethod
+    def of(
+        cls, normalise: Normalise, tokens_T: np.ndarray, samples_T: np.ndarray, device: torch.device
+    ) -> TokenWeights:
+        """The weights without u_i.
+
+        Args:
+            normalise: Which of the three.
+            tokens_T: Target tokens N_i of the global step.
+            samples_T: Samples n_i of the global step.
+            device: Where the losses are.
+        """
+        present = tokens_T > 0
+        weights = np.zeros(len(tokens_T))
+        if normalise == "task_token_mean":
+            weights[present] = samples_T[present] / (samples_T.sum() * tokens_T[present])
+        else:
+            total = tokens_T if normalise == "token_mean" else samples_T
+            weights[present] = 1 / total.sum()
+        task_T = torch.tensor(weights, dtype=torch.float32, device=device)
+        return cls(task_T, normalise == "example_mean")
+
+    def times(self, factors_T: np.ndarray) -> TokenWeights:
+        """With each task's weights multiplied by its factor."""
+        return replace(self, task_T=self.task_T * self.task_T.new_tensor(factors_T))
+
+    def __call__(self, tokens: TokenLosses) -> torch.Tensor:
+        """Shape (number of target tokens,)."""
+        weights = self.task_T[tokens.task_ids]
+        return weights / tokens.sample_targets if self.per_sample else weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class Feed:
     def samples(self, steps: int) -> np.ndarray:
         """Samples of each task in the first `steps` steps, shape (tasks,)."""
         return self.plan.counts(steps * self._training.global_batch)
+
+    def plan_state(self, steps: int) -> dict[str, Any]:
+        """What a checkpoint after `steps` steps keeps of the plan: reading on looks at nothing before it."""
+        return self.plan.state(steps * self._training.global_batch)
 
     def batches(self, topology: Topology, batching: Batching) -> TrainingBatches:
         """The micro-batches of this rank."""

@@ -196,5 +196,5 @@ def _difference(task: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> 
         f"{of.size:,} bytes" if of.lines is None else f"{of.lines:,} lines and {of.size:,} bytes"
         for of in (before, after)
     ]
-    where = f"from byte {number * CHUNK_BYTES:,} on (1 MiB chunk {number})"
-    return f"task {task}, {sizes[0]} then, {sizes[1]} now, the first difference is {where}"
+    where = f"the first 1 MiB chunk that differs is number {number}, at byte {number * CHUNK_BYTES:,}"
+    return f"task {task}, {sizes[0]} then, {sizes[1]} now, {where}"

@@ -1,6 +1,6 @@
 """Everything that can be wrong is found once, before any rank is started. Torch-free.
 
-Derived files (the embedded model and tasks) are made here too, by one process instead of every rank.
+Derived files (the embedded model and tasks, rows, tokens) are made here too, by one process instead of every rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
+from moe_medical.data.tokens import keep_tokens
 from moe_medical.errors import ConfigError, Problem
 
 
@@ -30,7 +31,8 @@ def preflight(config: RunConfig) -> None:
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     samples = config.training.steps * config.training.global_batch
-    build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
+    counts = build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
+    keep_tokens(tasks, counts.tolist(), config.data.token_cache)
 
 
 def check_context(config: RunConfig, base: BaseModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
+from moe_medical.evaluation.objective import TokenWeights, task_sums, token_losses
 from moe_medical.training.router_losses import RouterLosses
 
 
@@ -28,22 +28,26 @@ class StepCounts:
     """Tokens of the global step, prompts included, padding not."""
     truncated: int
     """Samples of the global step whose prompt was cut to fit."""
+    positions: int
+    """Positions that the global step computes, padding included."""
     stop: bool
     """Whether any rank was asked to stop."""
 
 
 def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: bool) -> StepCounts:
     """Sum this step's counts, and the stop flags, over all ranks. Collective: every rank must call."""
-    mine = np.zeros(2 * num_tasks + 3)
+    mine = np.zeros(2 * num_tasks + 4)
     for batch in batches:
         mine[:num_tasks] += batch.targets_per_task(num_tasks).numpy()
         mine[num_tasks : 2 * num_tasks] += batch.samples_per_task(num_tasks).numpy()
-        mine[-3] += batch.num_tokens
-        mine[-2] += batch.num_truncated
+        mine[-4] += batch.num_tokens
+        mine[-3] += batch.num_truncated
+        mine[-2] += batch.input_ids_BS.numel()
     mine[-1] = stop
     everyone = engine.topology.sum(mine)
     tokens, rows = everyone[:num_tasks], everyone[num_tasks : 2 * num_tasks]
-    return StepCounts(tokens, rows, int(everyone[-3]), int(everyone[-2]), bool(everyone[-1]))
+    all_tokens, truncated, positions, stops = everyone[2 * num_tasks :].astype(int).tolist()
+    return StepCounts(tokens, rows, all_tokens, truncated, positions, bool(stops))
 
 
 def accumulate(
@@ -52,17 +56,24 @@ def accumulate(
     router_losses: RouterLosses,
     batches: Sequence[Batch],
     counts: StepCounts,
+    weights: TokenWeights | None = None,
 ) -> np.ndarray:
     """Forward and backward over this rank's micro-batches.
+
+    Args:
+        engine: Collects the gradients.
+        context: Of the engine's layers.
+        router_losses: Enter in each backward.
+        batches: This rank's, as many as every other rank has.
+        counts: Of all ranks.
+        weights: Of the target tokens in the global loss; None gives each task its mean per token.
 
     Returns:
         This rank's sums per task, shape (3, num_tasks): loss, supervised tokens, samples.
     """
     num_tasks = len(counts.tokens_T)
     device = engine.topology.device
-    weights_T = torch.tensor(
-        token_weights(counts.tokens_T, counts.rows_T), dtype=torch.float32, device=device
-    )
+    weights = weights or TokenWeights.of("task_token_mean", counts.tokens_T, counts.rows_T, device)
     sums = np.zeros((3, num_tasks))
     on_device = [batch.to(device) for batch in batches]
     router_losses.begin_step(on_device, counts.all_tokens)
@@ -70,7 +81,7 @@ def accumulate(
         with context.bind(batch.token_mask_BS, batch.task_ids_BS):
             tokens = token_losses(engine, batch)
             router_losses.enter()
-            loss = (tokens.losses * weights_T[tokens.task_ids]).sum()
+            loss = (tokens.losses * weights(tokens)).sum()
             engine.backward(loss, last=batch is on_device[-1])
             sums += task_sums(tokens, batch, num_tasks).numpy()
     return sums

@@ -32,6 +32,9 @@ class StepLoss:
         context: Of its layers.
         num_tasks: T.
         seed: Of the run; what is drawn is a function of it, the step and the rank.
+
+    Attributes:
+        factors_T: What each task's loss was multiplied with in the last step, beside the normalisation.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class StepLoss:
         self._section, self._engine, self._context = section, engine, context
         self._num_tasks, self._seed = num_tasks, seed
         self._weighting = task_weighting(section, num_tasks)
+        self.factors_T = np.ones(num_tasks)
 
     def token_weights(self, step: int, batches: Sequence[Batch], counts: StepCounts) -> TokenWeights:
         """Weights of the target tokens in the loss of a step.
@@ -52,11 +56,14 @@ class StepLoss:
         device = self._engine.topology.device
         plain = TokenWeights.of(self._section.normalise, counts.tokens_T, counts.rows_T, device)
         if self._section.surgery == "none":
-            return plain.times(self._weighting.weights())
-        on_device = [batch.to(device) for batch in batches]
-        where = (self._engine, self._context, on_device)
-        seed = self._seed + step
-        return plain.times(surgery_weights(self._section.surgery, *where, plain, self._num_tasks, seed))
+            self.factors_T = self._weighting.weights()
+        else:
+            on_device = [batch.to(device) for batch in batches]
+            where = (self._engine, self._context, on_device, plain)
+            self.factors_T = surgery_weights(
+                self._section.surgery, *where, self._num_tasks, self._seed + step
+            )
+        return plain.times(self.factors_T)
 
     def observe(self, step: int, batches: Sequence[Batch], counts: StepCounts, losses_T: np.ndarray) -> None:
         """Let the task weights learn from a step that is done.
@@ -85,7 +92,7 @@ class StepLoss:
     def _mean(self, losses_T: np.ndarray, counts: StepCounts) -> np.ndarray:
         """Loss per target token of each task over all ranks; NaN for absent ones."""
         tokens_T = np.where(counts.tokens_T > 0, counts.tokens_T, np.nan)
-        return np.asarray(self._engine.topology.sum(losses_T) / tokens_T)
+        return np.asarray(self._engine.topology.sum(losses_T.copy()) / tokens_T)
 
     def _second_look(self, step: int, batches: Sequence[Batch]) -> np.ndarray:
         """This rank's summed token losses of each task now, with the dropout that the step had."""

@@ -34,12 +34,14 @@ from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_
 from moe_medical.training.feed import Feed, agreed_batching
 from moe_medical.training.identity import identify
 from moe_medical.training.layout_plan import SizedLinear, exchange_chooser
+from moe_medical.training.mixing import Mixing
 from moe_medical.training.preflight import check_context
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.sample_sizes import mixture_sizes, task_sizes
 from moe_medical.training.schedule import learning_rate
 from moe_medical.training.step import accumulate, count_step, seed_step
+from moe_medical.training.step_loss import StepLoss
 from moe_medical.training.stopping import StopFlag
 
 _LOG = logging.getLogger(__name__)
@@ -77,6 +79,10 @@ class Trainer:
         )
         over = config.training.balance_over
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over)
+        self.loss = StepLoss(
+            config.training.loss, self.engine, self.context, len(self.tasks), config.run.seed
+        )
+        self.mixing = Mixing(config, self.feed, self.engine, self.context)
         self.batches = self.feed.batches(topology, agreed_batching(config.data.batching, self.engine))
         synced = self.engine.needs_equal_forwards
         self.evaluator = Evaluator(self.tasks, self.feed.chat, config.evaluation, topology, synced)
@@ -169,6 +175,8 @@ class Trainer:
         load_state(self.engine, checkpoint.trainable)
         self.tokens_seen = int(checkpoint.state["tokens"])
         self.truncated = int(checkpoint.state["truncated"])
+        self.loss.restore(checkpoint.state["task_weights"])
+        self.mixing.restore(checkpoint.state["mixture"])
         if self.topology.is_main:
             self.meter.sums = np.array(checkpoint.state["meter"])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
@@ -205,12 +213,15 @@ class Trainer:
     def _save_checkpoint(self, step: int) -> None:
         trainable = gather_state(self.engine, step)
         self._move_meter_to_main()
+        mixture = self.mixing.state(step)
         if self.topology.is_main:
             state = {
                 "samples": step * self.config.training.global_batch,
                 "tokens": self.tokens_seen,
                 "truncated": self.truncated,
                 "meter": self.meter.sums.tolist(),
+                "task_weights": self.loss.state(),
+                "mixture": mixture,
                 "identity": self.identity.to_json(),
             }
             layout = {
@@ -240,10 +251,16 @@ class Trainer:
             for step in range(first, training.steps):
                 if self._due(self.config.evaluation.every_steps, step):
                     self._evaluation_at(step, f"evaluating at step {step}")
+                self._decide_mixture(step)
                 self.speed.restart()
                 self._one_step(step, loader, progress)
                 if self._due(self.config.checkpoint.every_steps, step + 1):
                     self._save_checkpoint(step + 1)
+
+    def _decide_mixture(self, done: int) -> None:
+        values = self.mixing.step_done(done, lambda: self._evaluation_at(done, f"evaluating at step {done}"))
+        if values:
+            self.sinks.log(values | {"tokens": self.tokens_seen}, done)
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
@@ -254,13 +271,16 @@ class Trainer:
         counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
         if counts.stop:
             self._stop_at(step)
-        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts)
+        weights = self.loss.token_weights(step, batches, counts)
+        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts, weights)
         rate = learning_rate(self.config.training, step)
         norm = self.engine.step(rate)
+        self.loss.observe(step, batches, counts, sums[0])
         self.tokens_seen += counts.all_tokens
         self.meter.sums += sums.T
+        self.mixing.add(sums)
         self.truncated += counts.truncated
-        self.speed.step(counts.all_tokens)
+        self.speed.step(counts.all_tokens, counts.positions, loader.waited())
         note = ""
         if (step + 1) % self.config.tracking.log_every_steps == 0 or step + 1 == self.config.training.steps:
             note = self._note(self._log_step(step + 1, rate, norm))
@@ -279,10 +299,15 @@ class Trainer:
             "grad_norm": norm,
             "step_seconds": self.speed.last_step_seconds,
             "tokens_per_second": self.speed.tokens_per_second,
+            "health/useful_positions": self.speed.useful_positions,
+            "health/data_wait_seconds": self.speed.data_wait_seconds,
             "health/truncated_prompts": self.truncated,
         }
         values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
         values |= self.feed.shares(done)
+        if (self.loss.factors_T != 1).any():
+            factors = zip(self.tasks, self.loss.factors_T.tolist(), strict=True)
+            values |= {f"loss_weight/{task.name}": factor for task, factor in factors}
         self.sinks.log(values, done)
         self.meter.reset()
         return loss

@@ -66,6 +66,13 @@ def test_surgery_is_refused_with_the_reason(tmp_path: Path, override: str, stage
     assert problem.startswith(f"{KEY} must not be used with {wanted}, got 'pcgrad'. ")
 
 
+def test_mixing_by_gradients_has_the_same_limits(tmp_path: Path) -> None:
+    doge = "data.mix.dynamic.rule=doge"
+    assert _problems(tmp_path, doge, stage=2) == []
+    (problem,) = _problems(tmp_path, doge, stage=3)
+    assert problem.startswith("data.mix.dynamic.rule must not be used with ZeRO-3")
+
+
 @pytest.mark.parametrize(
     ("rule", "solvers", "extra"),
     [

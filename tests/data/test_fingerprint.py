@@ -251,11 +251,11 @@ BEFORE = "has changed since the checkpoint: task even, 2,500 lines and 3,128,890
 CHANGES = {
     _append: (
         f"{{tasks}}/even.train2.jsonl {BEFORE}, 2,501 lines and 3,128,935 bytes now, "
-        "the first difference is from byte 2,097,152 on (1 MiB chunk 2)."
+        "the first 1 MiB chunk that differs is number 2, at byte 2,097,152."
     ),
     _edit_byte: (
         f"{{tasks}}/even.train2.jsonl {BEFORE}, 2,500 lines and 3,128,890 bytes now, "
-        "the first difference is from byte 1,048,576 on (1 MiB chunk 1)."
+        "the first 1 MiB chunk that differs is number 1, at byte 1,048,576."
     ),
     _edit_validation: "{tasks}/even.validation.jsonl has changed since the checkpoint: task even, 8 lines",
     _reorder: (

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config
-from moe_medical.config.schema import EvaluationSection, ModelSection
+from moe_medical.config.schema import EvaluationSection, ModelSection, Normalise
 from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator, deal
-from moe_medical.evaluation.objective import task_sums, token_losses, token_weights
+from moe_medical.evaluation.objective import TokenLosses, TokenWeights, task_sums, token_losses
 
 WRONG = {("last_word", 1), ("even", 0), ("even", 3)}
 """Rows that the answering model of these tests gets wrong: scores 3/4 and 2/4."""
@@ -181,8 +181,18 @@ def test_packed_rows_have_the_losses_of_separate_ones(
     assert packed.task_ids.tolist() == [2, 2, 2, 0, 1, 1, 1]
 
 
-def test_token_weights_give_each_task_its_share_of_samples() -> None:
-    tokens, rows = np.array([40.0, 0.0, 3.0]), np.array([2.0, 0.0, 6.0])
-    weights = token_weights(tokens, rows)
-    assert weights.tolist() == [2 / 8 / 40, 0.0, 6 / 8 / 3]
-    assert (weights * tokens).tolist() == pytest.approx(rows / rows.sum())
+def test_token_weights_of_the_three_normalisations() -> None:
+    """Two samples with 40 target tokens in task 0, six with 3 in task 2; none of task 1."""
+    tokens_T, samples_T = np.array([40.0, 0.0, 3.0]), np.array([2.0, 0.0, 6.0])
+    tokens = TokenLosses(torch.zeros(2), torch.tensor([0, 2]), torch.tensor([20, 1]))
+
+    def seen(normalise: Normalise) -> list[float]:
+        plain = TokenWeights.of(normalise, tokens_T, samples_T, torch.device("cpu"))
+        assert plain.task_T[1] == 0
+        doubled = plain.times(np.array([2.0, 9.0, 0.5]))(tokens)
+        assert doubled.tolist() == pytest.approx((plain(tokens) * torch.tensor([2.0, 0.5])).tolist())
+        return plain(tokens).tolist()
+
+    assert seen("task_token_mean") == pytest.approx([2 / 8 / 40, 6 / 8 / 3])
+    assert seen("token_mean") == pytest.approx([1 / 43, 1 / 43])
+    assert seen("example_mean") == pytest.approx([1 / 8 / 20, 1 / 8 / 1])

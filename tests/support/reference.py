@@ -7,7 +7,8 @@ router losses too. Written for clarity, and slow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,18 @@ class Row:
     group: int = 0
     """The balance loss takes the experts' shares over the rows of a group."""
 
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+def task_token_mean(rows: Sequence[Row]) -> list[float]:
+    """(rows of the task / rows) * mean over its target tokens, as the weight of a token of each row."""
+    tokens, count = Counter[int](), Counter(row.task for row in rows)
+    for row in rows:
+        tokens[row.task] += row.num_targets
+    return [count[row.task] / len(rows) / tokens[row.task] for row in rows]
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -40,6 +53,8 @@ class Rules:
     z: float = 0.0
     weight_decay: float = 0.0
     epsilon: float = 1e-8
+    token_weights: Callable[[Sequence[Row]], Sequence[float]] = task_token_mean
+    """Weight of each row's target tokens in the loss of a global batch."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ def train(base: Path, start: Mapping[str, Tensor], steps: Sequence[Sequence[Row]
     )
     seen: list[tuple[float, ...]] = []
     for rows, rate in zip(steps, rules.rates, strict=True):
-        loss = _loss(model, rows)
+        loss = _loss(model, rows, rules.token_weights(rows))
         routed = [layer for layer in adapted.values() if isinstance(layer, _Routed)]
         balance, z = _router_losses(routed, [row.group for row in rows])
         optimizer.zero_grad()
@@ -141,14 +156,13 @@ def _adapt(model: PreTrainedModel, start: Mapping[str, Tensor], rules: Rules) ->
     return adapted
 
 
-def _loss(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
-    """sum over tasks of (its rows / rows) * mean over its target tokens."""
-    by_task: dict[int, list[Tensor]] = {}
-    for row in rows:
+def _loss(model: PreTrainedModel, rows: Sequence[Row], weights: Sequence[float]) -> Tensor:
+    """sum over rows of weight * sum over the row's target tokens."""
+    parts = []
+    for row, weight in zip(rows, weights, strict=True):
         logits = model(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0]
         losses = F.cross_entropy(logits[:-1], torch.tensor(row.tokens[1:]), reduction="none")
-        by_task.setdefault(row.task, []).append(losses[row.num_prompt - 1 :])
-    parts = [len(of_task) / len(rows) * torch.cat(of_task).mean() for of_task in by_task.values()]
+        parts.append(weight * losses[row.num_prompt - 1 :].sum())
     return torch.stack(parts).sum()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.reference import Row, Rules, Trained, train
+from support.reference import Row, Rules, Trained, task_token_mean, train
 from support.tiny import ROOT
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_medical.training.trainer import Trainer
 
 Arrange = Callable[[Sequence[Row]], Sequence[Row]]
+Weigh = Callable[[Sequence[Row]], Sequence[float]]
 PERSISTENCE = 200
 """Elements up to which ZeRO-3 keeps a parameter whole: biases, norms and routers of the tiny model."""
 
@@ -98,10 +99,12 @@ def step(trainer: Trainer, number: int, batches: Sequence[Batch] | None = None) 
     return {"loss": float(of_tasks.sum()), "norm": norm, **trainer.router_losses.values()}
 
 
-def reference(run: str, steps: int, arranged: Arrange = list) -> Trained:
+def reference(
+    run: str, steps: int, arranged: Arrange = list, token_weights: Weigh = task_token_mean
+) -> Trained:
     """The first steps of a run in plain PyTorch, from the run's rows, first adapters and learning rates.
 
-    `arranged` may change the rows of each global batch.
+    `arranged` may change the rows of each global batch; `token_weights` gives those of its target tokens.
     """
     from moe_medical.adapters.model import adapter_parameters, attach_adapters
     from moe_medical.base_model import locate_base
@@ -123,6 +126,7 @@ def reference(run: str, steps: int, arranged: Arrange = list) -> Trained:
         z=adapters.z_coefficient,
         weight_decay=training.weight_decay,
         epsilon=training.epsilon,
+        token_weights=token_weights,
     )
     return train(base.folder, first, [arranged(rows) for rows in _rows(config, steps)], rules)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from support.training import Layout, start, write_zero_settings
 from moe_medical.training.surgery import combination
 
 if TYPE_CHECKING:
+    from moe_medical.data.batches import Batch
+    from moe_medical.evaluation.objective import TokenWeights
+    from moe_medical.training.step import StepCounts
     from moe_medical.training.trainer import Trainer
 
 pytest.importorskip("torchjd")
@@ -107,3 +111,215 @@ def test_only_the_seed_decides_the_order_of_pcgrad() -> None:
     orders = {combination("pcgrad", _gram(gradients), seed).tobytes() for seed in range(8)}
     assert len(orders) > 1
     assert combination("pcgrad", _gram(gradients), 3).tobytes() in orders
+
+
+# Steps on ranks, with dropout and router losses
+
+
+class _Step:
+    """The first step of a run, ready to go."""
+
+    def __init__(self, layout: Layout, run: str, topology: Any, *settings: str, turned: bool = False) -> None:
+        from moe_medical.evaluation.objective import TokenWeights
+        from moe_medical.training.step import count_step
+
+        self.trainer: Trainer = start(layout, run, topology, settings)
+        self.batches: list[Batch] = self.trainer.batches.step(0)
+        self.counts: StepCounts = count_step(self.trainer.engine, self.batches, 2, stop=False)
+        counted = (self.counts.tokens_T, self.counts.rows_T)
+        plain = TokenWeights.of("task_token_mean", *counted, topology.device)
+        self.plain: TokenWeights = plain.times(np.array([1.0, -1.0 if turned else 1.0]))
+
+    def seed(self) -> None:
+        """What the trainer does before a step."""
+        from moe_medical.training.step import seed_step
+
+        seed_step(self.trainer.config.run.seed, 0, self.trainer.topology.rank)
+
+    def take(self, weights: TokenWeights, rate: float = 0.01) -> tuple[float, np.ndarray]:
+        """The gradient norm before clipping, and this rank's summed losses."""
+        from moe_medical.training.step import accumulate
+
+        trainer = self.trainer
+        where = (trainer.engine, trainer.context, trainer.router_losses)
+        sums = accumulate(*where, self.batches, self.counts, weights)
+        return trainer.engine.step(rate), sums[0]
+
+    def gram(self, weights: TokenWeights) -> np.ndarray:
+        from moe_medical.training.task_gradients import kept_generators, task_gram
+
+        engine = self.trainer.engine
+        with kept_generators(engine.topology.device):
+            return task_gram(engine, self.trainer.context, self.batches, weights, 2)
+
+
+FACTORS = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]
+LAYOUTS = [
+    Layout(zero=0, accumulation=2),
+    Layout(zero=1, accumulation=1, checkpointing="non_reentrant"),
+    Layout(zero=2, accumulation=2, checkpointing="non_reentrant"),
+    Layout(zero=2, accumulation=4, offload=True),
+]
+
+
+def _norms(run: str) -> list[dict[str, Any]]:
+    """By layout: gradient norms with each of FACTORS, and Gram matrices from the tasks' gradients."""
+    from moe_medical.distributed.topology import start_distributed, stop_distributed
+
+    topology, seen = start_distributed(Layout().configured(run, 2).parallel), []
+    for layout in LAYOUTS:
+        norms = []
+        for factors in FACTORS:
+            step = _Step(layout, run, topology, "adapters.balance_coefficient=0")
+            step.seed()
+            norms.append(step.take(step.plain.times(np.array(factors)))[0])
+        step = _Step(layout, run, topology, "adapters.balance_coefficient=0")
+        step.seed()
+        seen.append({"norms": norms, "gram": step.gram(step.plain).tolist()})
+    stop_distributed()
+    return seen
+
+
+def _surgery(run: str) -> list[dict[str, Any]]:
+    """By layout: gradient norm and adapters after plain steps, and after steps with surgery."""
+    from moe_medical.distributed.topology import start_distributed, stop_distributed
+
+    topology, seen = start_distributed(Layout().configured(run, 2).parallel), []
+    for layout in LAYOUTS:
+        plain, cut = (_Step(layout, run, topology) for _ in range(2))
+        same = [_after(plain, lambda step: step.plain), _after(cut, _pcgrad)]
+        # The second task's gradient turned round is in the first one's way.
+        plain, cut = (_Step(layout, run, topology, turned=True) for _ in range(2))
+        hand = [_after(plain, _pcgrad_by_hand), _after(cut, _pcgrad)]
+        seen.append({"same": same, "hand": hand})
+    stop_distributed()
+    return seen
+
+
+def _pcgrad(step: _Step) -> TokenWeights:
+    from moe_medical.training.surgery import surgery_weights
+
+    trainer = step.trainer
+    where = (trainer.engine, trainer.context, step.batches)
+    return step.plain.times(surgery_weights("pcgrad", *where, step.plain, 2, seed=1))
+
+
+def _pcgrad_by_hand(step: _Step) -> TokenWeights:
+    """g_1 - <g_1, g_2> / <g_2, g_2> g_2, and the other way round."""
+    gram = step.gram(step.plain)
+    assert gram[0, 1] < 0
+    return step.plain.times(1 - gram[0, 1] / np.diag(gram))
+
+
+def _after(step: _Step, weigh: Callable[[_Step], TokenWeights]) -> list[float]:
+    """Gradient norm, then the mean size of each adapter tensor after the step."""
+    from moe_medical.distributed.state import gather_parameters
+
+    step.seed()
+    norm, _ = step.take(weigh(step))
+    return [norm, *(float(t.abs().mean()) for t in gather_parameters(step.trainer.engine).values())]
+
+
+def _second_look(run: str) -> dict[str, list[float]]:
+    """Losses of a step before it, and those that FAMO saw after it had changed nothing."""
+    from moe_medical.distributed.topology import start_distributed, stop_distributed
+    from moe_medical.training.step_loss import StepLoss
+
+    topology = start_distributed(Layout().configured(run, 2).parallel)
+    step = _Step(LAYOUTS[2], run, topology, "training.loss.task_weights=famo")
+    config = step.trainer.config
+    loss = StepLoss(config.training.loss, step.trainer.engine, step.trainer.context, 2, config.run.seed)
+    step.seed()
+    sums = step.take(loss.token_weights(0, step.batches, step.counts), rate=0.0)[1]
+    loss.observe(0, step.batches, step.counts, sums)
+    before = topology.sum(sums) / step.counts.tokens_T
+    stop_distributed()
+    return {"before": before.tolist(), "after": loss.state()["_losses"]}
+
+
+def _probe(run: str) -> dict[str, Any]:
+    """Gram matrices of probe rows, exact and from sketches; whether generators are left alone."""
+    import torch
+
+    from moe_medical.distributed.topology import launched_ranks, start_distributed, stop_distributed
+    from moe_medical.training.task_gradients import Sketch, probe_gram
+
+    topology = start_distributed(Layout().configured(run, launched_ranks()).parallel)
+    step = _Step(Layout(zero=2), run, topology, "adapters.dropout=0")
+    before = torch.get_rng_state()
+    where = (step.trainer.engine, step.trainer.context, step.batches, 2)
+    exact = probe_gram(*where, seed=1)
+    sketched = probe_gram(*where, seed=1, sketch=Sketch(seed=5))
+    undisturbed = torch.equal(before, torch.get_rng_state())
+    stop_distributed()
+    return {"exact": exact.tolist(), "sketched": sketched.tolist(), "undisturbed": undisturbed}
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("surgery")
+    write_zero_settings(folder)
+    adapters = {"num_experts": 4, "top_k": 2, "rank": 4, "alpha": 8, "dropout": 0.1}
+    return write_tiny_run(
+        folder,
+        adapters=adapters | {"balance_coefficient": 0.5},
+        training={"epsilon": 1e-4, "learning_rate": 0.01, "steps": 6, "global_batch": 8, "micro_batch": 2},
+    )
+
+
+def test_gradients_of_tasks_are_those_that_steps_see(run_file: Path, tmp_path: Path) -> None:
+    """The Gram matrix from the norms that DeepSpeed tells of steps on one task, both, their difference."""
+    for seen in on_ranks(2, _norms, tmp_path, str(run_file)):
+        for of_layout in seen:
+            first, second, both, apart = (norm**2 for norm in of_layout["norms"])
+            (a, b), (c, d) = of_layout["gram"]
+            assert [a, d] == pytest.approx([first, second], rel=1e-5)
+            assert b == c == pytest.approx((both - apart) / 4, abs=1e-5 * both)
+
+
+def test_steps_with_surgery(run_file: Path, tmp_path: Path) -> None:
+    """Without conflict the plain step, with conflict the one worked out by hand."""
+    by_rank = on_ranks(2, _surgery, tmp_path, str(run_file))
+    assert by_rank[0] == by_rank[1]
+    for seen in by_rank[0]:
+        assert seen["same"][1] == pytest.approx(seen["same"][0], rel=1e-6)
+        assert seen["hand"][1] == pytest.approx(seen["hand"][0], rel=1e-6)
+        assert seen["hand"][0] != pytest.approx(seen["same"][0], rel=1e-3)
+
+
+def test_the_second_look_sees_the_batch_and_the_dropout_of_the_step(run_file: Path, tmp_path: Path) -> None:
+    for seen in on_ranks(2, _second_look, tmp_path, str(run_file)):
+        assert seen["after"] == pytest.approx(seen["before"], rel=1e-6)
+
+
+def test_probes_do_not_depend_on_the_ranks(run_file: Path, tmp_path: Path) -> None:
+    (alone,) = on_ranks(1, _probe, tmp_path, str(run_file))
+    for seen in on_ranks(2, _probe, tmp_path, str(run_file)):
+        assert seen["undisturbed"]
+        exact, sizes = np.array(seen["exact"]), np.sqrt(np.diag(seen["exact"]))
+        assert exact == pytest.approx(np.array(alone["exact"]), rel=1e-4)
+        assert seen["sketched"] != seen["exact"]
+        assert (np.abs(seen["sketched"] - exact) < 5 * np.sqrt(2 / 4096) * np.outer(sizes, sizes)).all()
+
+
+# Sketches
+
+
+def test_a_sketch_is_linear_and_as_exact_as_it_says() -> None:
+    import torch
+
+    from moe_medical.training.task_gradients import Sketch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(30_000, generator=generator) for _ in range(2))
+    b = b + 0.3 * a
+    size, errors = 1024, []
+    for seed in range(40):
+        sketch = Sketch(size, seed)
+        sa, sb = (sketch({"x": v[:9000].view(90, 100), "y": v[9000:]})["sketch"] for v in (a, b))
+        both = sketch({"x": (a + 2 * b)[:9000].view(90, 100), "y": (a + 2 * b)[9000:]})["sketch"]
+        torch.testing.assert_close(both, sa + 2 * sb, atol=1e-3, rtol=1e-4)
+        errors.append(float((sa @ sb - a @ b) / (a.norm() * b.norm())))
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / np.sqrt(40)
+    assert 0.5 * np.sqrt(1 / size) < np.std(errors) < 1.5 * np.sqrt(2 / size)
+    assert torch.equal(Sketch(size, 3)({"x": a})["sketch"], Sketch(size, 3)({"x": a})["sketch"])

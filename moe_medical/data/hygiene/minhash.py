@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 _HASHES = 128
 _MISSED = 0.01
 """Chance, at most, that a pair exactly at the threshold shares no band; above it the chance is smaller."""
-_NEIGHBOURS = 8
+_HEADS = 16
 _SEED = 20240607
 _HIGH = np.uint64(32)
 
@@ -61,8 +61,8 @@ class Bands:
 def candidate_pairs(keys: Words) -> Ints:
     """Pairs of rows that share a band, shape (pairs, 2), first < second, sorted, each once.
 
-    In a bucket of many rows, each is paired with the first 8 and with the 8 before it, not with all: a
-    thousand copies of one text make thousands of pairs, not half a million.
+    In a bucket of many rows, each is paired with the first 16, not with all: a thousand copies of one text
+    make thousands of pairs, not half a million.
 
     Args:
         keys: Of `Bands.keys`, shape (rows, bands).
@@ -81,8 +81,8 @@ def _bucket_pairs(keys: Words, order: Ints) -> Ints:
     is_start = np.concatenate([np.ones(min(rows, 1), np.bool_), keys[1:] != keys[:-1]])
     starts = np.maximum.accumulate(np.where(is_start, positions, 0))
     codes = [np.zeros(0, np.int64)]
-    for step in range(_NEIGHBOURS):
-        for other in (starts + step, positions - step - 1):
-            paired = (other >= starts) & (other < positions)
-            codes.append(order[other[paired]] * rows + order[positions[paired]])
+    for step in range(_HEADS):
+        heads = starts + step
+        paired = heads < positions
+        codes.append(order[heads[paired]] * rows + order[positions[paired]])
     return np.concatenate(codes)

@@ -1,0 +1,115 @@
+"""A dynamic mixture in a run: what it is told, and when it decides.
+
+    step done -> due? -> what the rule needs (an evaluation, the training losses, gradients) -> new shares
+
+Decisions use numbers of all ranks, and the main rank's result is everybody's. The weights that follow are kept
+with the plan in each checkpoint, so a resumed run reads the same samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_medical.adapters.routing import RoutingContext
+from moe_medical.config import RunConfig
+from moe_medical.data.batches import Batch, collate
+from moe_medical.data.dynamic import DynamicMix, dynamic_mix
+from moe_medical.data.tasks import mix_sizes
+from moe_medical.distributed.engine import Engine
+from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.training.feed import Feed
+from moe_medical.training.task_gradients import Sketch, probe_gram
+
+_LOG = logging.getLogger(__name__)
+_PROBE_ROWS = 8
+"""Rows of each task whose gradient counts in a decision."""
+
+
+class Mixing:
+    """The dynamic rule of a run, if it has one. Collective: every rank must make the same calls."""
+
+    def __init__(self, config: RunConfig, feed: Feed, engine: Engine, context: RoutingContext) -> None:
+        self._feed, self._engine, self._context, self._seed = feed, engine, context, config.run.seed
+        mix, training = config.data.mix, config.training
+        sizes, samples = mix_sizes(feed.tasks, config.data), training.steps * training.global_batch
+        self._rule: DynamicMix | None = dynamic_mix(
+            mix, sizes, feed.plan, training.global_batch, samples, self._agree
+        )
+        self._sketch = Sketch()
+        self._sums = np.zeros((2, len(feed.tasks)))
+
+    def add(self, sums: np.ndarray) -> None:
+        """This rank's losses and target tokens of a step, in rows of shape (tasks,)."""
+        self._sums += sums[:2]
+
+    def step_done(self, done: int, evaluate: Callable[[], Evaluation]) -> dict[str, float]:
+        """Decide, if a decision is due after `done` steps, and not twice.
+
+        Args:
+            done: Steps so far.
+            evaluate: The tasks' losses now, where the rule needs them.
+
+        Returns:
+            What to log of the decision: the share that each task is going to have.
+        """
+        rule = self._rule
+        if rule is None or not rule.due(done):
+            return {}
+        names = [task.name for task in self._feed.tasks]
+        loss_T = gram_TT = None
+        if rule.needs == "evaluation":
+            results = evaluate().tasks
+            loss_T = np.array([results[name].loss for name in names])
+        if rule.needs == "gradients":
+            gram_TT = self._gradients(done)
+        _, weights = rule.decide(done, loss_T, None, self._training_losses(), gram_TT)
+        return {f"mix_next/{n}": float(w) for n, w in zip(names, weights / weights.sum(), strict=True)}
+
+    def state(self, done: int) -> dict[str, Any]:
+        """For the checkpoint after `done` steps."""
+        total = self._engine.topology.sum(self._sums)
+        # From here on the main rank has it all, as a resumed run will.
+        self._sums = total if self._engine.topology.is_main else np.zeros_like(total)
+        rule = self._rule.state() if self._rule else None
+        return {"plan": self._feed.plan_state(done), "rule": rule, "sums": total.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; of changed data, which the user has accepted, only the rule's."""
+        try:
+            self._feed.plan.restore(state["plan"])
+        except ValueError as e:
+            _LOG.warning("shares start anew: %s", e)
+        if self._rule is not None:
+            self._rule.load_state(state["rule"])
+        if self._engine.topology.is_main:
+            self._sums = np.array(state["sums"])
+
+    def _training_losses(self) -> np.ndarray:
+        """Mean loss per target token of each task since the last decision; NaN for a task without a sample."""
+        losses, tokens = self._engine.topology.sum(self._sums)
+        self._sums[:] = 0
+        return np.asarray(losses / np.where(tokens > 0, tokens, np.nan))
+
+    def _agree(self, weights: np.ndarray) -> np.ndarray:
+        topology = self._engine.topology
+        return topology.sum(weights if topology.is_main else np.zeros_like(weights))
+
+    def _gradients(self, done: int) -> np.ndarray:
+        topology = self._engine.topology
+        batches, seed = self._probe(done), self._seed + done * topology.world_size + topology.rank
+        return probe_gram(self._engine, self._context, batches, len(self._feed.tasks), seed, self._sketch)
+
+    def _probe(self, done: int) -> list[Batch]:
+        """This rank's part of training rows of each task, other ones at each decision."""
+        topology, batches = self._engine.topology, []
+        for number, task in enumerate(self._feed.tasks):
+            size = len(task.train)
+            rows = [(done * _PROBE_ROWS + i) % size for i in range(min(_PROBE_ROWS, size))]
+            mine = task.tokens.encoded(rows[topology.rank :: topology.world_size])
+            if mine:
+                batches.append(collate(mine, [number] * len(mine), self._feed.chat.pad_id))
+        return batches
