@@ -1,11 +1,11 @@
-"""Which mixing rule serves the small tasks: one budget of tokens, several rules, several seeds, 28 real tasks.
+"""Which mixing rule serves the small tasks: one budget of tokens, four rules, three seeds, 28 real tasks.
 
     MOE_MEDICAL_DATA=/path/to/data python benchmarks/mixing.py     # writes benchmarks/results/mixing.json
 
 Each arm trains the same adapters from the same start on `data_recipes/public_text.yaml` until it has seen the
-same number of tokens; seeds change the adapters and the order of the samples. The base is the first layers of
-SmolLM2-135M, a size that a CPU trains often enough for a spread. Everything else is as a run would have it:
-the Trainer itself, packed rows, teacher-forced loss on rows that no arm trains on.
+same number of tokens; seeds change the adapters and the order of the samples. The base is a small Llama that
+the benchmark trains first, on prompts alone: a size that a CPU adapts often enough for a spread. Everything
+else is as a run would have it: the Trainer itself, packed rows, teacher-forced loss on rows that no arm saw.
 
 worst quartile   mean of the seven highest losses of the 28 tasks
 rare quartile    mean loss of the seven tasks with the fewest training rows
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -26,21 +28,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moe_medical.base_model import locate_base
-from moe_medical.base_model.embedded import CHECKSUMS
 from moe_medical.config import load_config
-from moe_medical.config.schema import ModelSection, RunConfig
+from moe_medical.config.schema import RunConfig
+from moe_medical.data.recipe import load_recipe
+from moe_medical.data.sources import load_split
 from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.topology import start_distributed, stop_distributed
 from moe_medical.training.feed import Feed
 from moe_medical.training.trainer import Trainer
 
+LOG = logging.getLogger("mixing")
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mixing.json"
+RECIPE = ROOT / "data_recipes" / "public_text.yaml"
+END_ID = 1
+"""Of <|im_end|>."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 BLOCK = 64
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -48,7 +60,7 @@ STATIC: dict[str, dict[str, Any]] = {
     "temperature + cap": {"rule": "temperature", "temperature": 2.0, "max_repeats": 4.0},
     "unimax": {"rule": "unimax", "epochs": 4.0, "max_repeats": None},
 }
-DYNAMIC = {"rule": "regret", "every_blocks": 5, "smoothing": 0.5}
+DYNAMIC = {"rule": "regret", "every_blocks": 3, "smoothing": 0.5}
 ARMS = STATIC | {"regret": STATIC["temperature + cap"] | {"dynamic": DYNAMIC}}
 
 
@@ -56,12 +68,15 @@ ARMS = STATIC | {"regret": STATIC["temperature + cap"] | {"dynamic": DYNAMIC}}
 class Size:
     """How much is trained."""
 
-    layers: int
     tokens: int
     """Of each run."""
     seeds: int
     loss_rows: int
-    max_length: int = 320
+    pretraining_steps: int
+    layers: int = 4
+    hidden: int = 192
+    vocabulary: int = 8192
+    max_length: int = 384
     global_batch: int = 16
 
 
@@ -69,14 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=160_000)
+    parser.add_argument("--pretraining-steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--loss-rows", type=int, default=16)
+    parser.add_argument("--loss-rows", type=int, default=12)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    size = Size(options.layers, options.tokens, options.seeds, options.loss_rows)
+    size = Size(options.tokens, options.seeds, options.loss_rows, options.pretraining_steps)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as scratch:
         record = measure(Path(scratch), size, options.arms)
     options.result.write_text(json.dumps(record, indent=1) + "\n")
@@ -84,7 +100,7 @@ def main() -> None:
 
 def measure(scratch: Path, size: Size, arms: list[str]) -> dict[str, Any]:
     """Every arm with every seed, seeds outermost, so that a drift of the machine meets all arms."""
-    model = write_short_model(scratch / "smollm2-short", size.layers)
+    model = write_base(scratch / "base", size)
     run = write_run(scratch, model, size)
     topology = start_distributed(load_config(run).parallel)
     runs = [
@@ -94,34 +110,77 @@ def measure(scratch: Path, size: Size, arms: list[str]) -> dict[str, Any]:
     ]
     stop_distributed()
     return {
-        "base": f"SmolLM2-135M, the first {size.layers} of its 30 layers",
+        "base": f"Llama of {size.layers} layers and hidden {size.hidden}, trained on the prompts alone",
         "settings": {**size.__dict__, "block": BLOCK, "arms": {arm: ARMS[arm] for arm in arms}},
         "summary": summarise(runs, arms),
         "winners": winners(runs, arms),
         "runs": runs,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cores": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform()},
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
     }
 
 
-def write_short_model(folder: Path, layers: int) -> Path:
-    """The embedded model's first layers, with its embeddings, its last norm and its tokenizer."""
-    source = locate_base(ModelSection()).folder
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.suffix != ".safetensors" and file.name != CHECKSUMS:
-            shutil.copy(file, folder)
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    tensors = {}
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a dict
-                parts = name.split(".")
-                if "layers" not in parts or int(parts[parts.index("layers") + 1]) < layers:
-                    tensors[name] = stored.get_tensor(name)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def write_base(folder: Path, size: Size) -> Path:
+    """A byte-level tokenizer and a small Llama, both trained on training prompts and on no target."""
+    specs = load_recipe(RECIPE)
+    texts = [e.prompt for spec in specs for e in load_split(spec, "train", 0.01).examples]
+    random.Random(0).shuffle(texts)
+    tokenizer = train_tokenizer(texts, size.vocabulary)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocabulary,
+            hidden_size=size.hidden,
+            intermediate_size=3 * size.hidden,
+            num_hidden_layers=size.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=END_ID,
+            pad_token_id=END_ID,
+        )
+    )
+    pretrain(model, tokenizer, texts, size)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts[:30_000], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def pretrain(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], size: Size
+) -> None:
+    """Next-token prediction, every parameter, cosine learning rate; logs the loss."""
+    stream = [i for text in texts for i in [*tokenizer.encode(text), END_ID]]
+    width, rows, steps = 256, 8, size.pretraining_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        first = step * width * rows % (len(stream) - width * rows)
+        ids = torch.tensor(stream[first : first + width * rows]).view(rows, width)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step + 1 == steps:
+            LOG.info("pretraining step %d of %d: loss %.3f", step, steps, float(loss.detach()))
 
 
 def write_run(scratch: Path, model: Path, size: Size) -> Path:
@@ -137,23 +196,22 @@ def write_run(scratch: Path, model: Path, size: Size) -> Path:
             "dropout": 0.0,
         },
         "data": {
-            "recipe": str(ROOT / "data_recipes/public_text.yaml"),
+            "recipe": str(RECIPE),
             "max_length": size.max_length,
             "pack_length": size.max_length,
             "system_prompt": None,
-            "max_bad_fraction": 0.0,
             "mix": {"block": BLOCK},
         },
         "training": {
             "global_batch": size.global_batch,
             "micro_batch": 4,
-            "learning_rate": 2e-3,
+            "learning_rate": 5e-3,
             "warmup_ratio": 0.05,
         },
         "parallel": {"deepspeed": str(ROOT / "ds_configs/zero0.json"), "device": "cpu"},
         "evaluation": {"loss_rows": size.loss_rows, "score_rows": 0, "batch_rows": 16},
         "checkpoint": {"every_steps": 0},
-        "tracking": {"log_every_steps": 1, "wandb": {"enabled": False}},
+        "tracking": {"log_every_steps": 10, "wandb": {"enabled": False}},
     }
     path = scratch / "run.yaml"
     path.write_text(yaml.safe_dump(run))
@@ -170,6 +228,7 @@ def train(run: Path, arm: str, seed: int, size: Size, topology: Any) -> dict[str
     trainer = Trainer(config, topology)
     result = trainer.run()
     rows = {task.name: len(task.train) for task in result.tasks}
+    LOG.info("%s, seed %d: macro loss %.4f after %d steps", arm, seed, result.after.macro_loss, steps)
     losses = {name: task.loss for name, task in result.after.tasks.items()}
     samples = dict(zip(rows, result.samples_per_task.tolist(), strict=True))
     rare = sorted(rows, key=lambda name: rows[name])[: len(rows) // 4]
@@ -228,7 +287,7 @@ def winners(runs: list[dict[str, Any]], arms: list[str]) -> dict[str, str]:
     told = {}
     for figure in ("macro", "worst_quartile", "rare_quartile"):
         of = {arm: [run[figure] for run in runs if run["arm"] == arm] for arm in arms}
-        best, second = sorted(arms, key=lambda arm: statistics.mean(of[arm]))[:2]
+        best, second, *_ = [*sorted(arms, key=lambda arm: statistics.mean(of[arm])), *arms]
         gaps = [b - a for a, b in zip(of[best], of[second], strict=True)]
         sure = (
             "in every seed" if min(gaps) > 0 else f"in {sum(g > 0 for g in gaps)} of {len(gaps)} seeds only"
