@@ -84,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=160_000)
-    parser.add_argument("--pretraining-steps", type=int, default=250)
+    parser.add_argument("--tokens", type=int, default=320_000)
+    parser.add_argument("--pretraining-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--loss-rows", type=int, default=12)
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
