@@ -1,4 +1,4 @@
-"""The data pipeline against `datasets`: tokens per second and core, useful positions, memory, waiting. One run.
+"""The data pipeline against `datasets` in one run: tokens per core, useful positions, memory, waiting.
 
     python benchmarks/data_pipeline.py           # writes benchmarks/results/data_pipeline.json
     python benchmarks/data_pipeline.py --quick   # a reduced run that writes nothing but what it prints
@@ -37,7 +37,9 @@ from moe_medical.cache import CACHE_VARIABLE
 from moe_medical.config.schema import Batching, DataSection, ModelSection, TokenCache
 from moe_medical.data.batches import BatchShape, TrainingBatches
 from moe_medical.data.formats import ChatFormat
+from moe_medical.data.recipe import load_mixture
 from moe_medical.data.rules import weight_schedule
+from moe_medical.data.sources import load_split, splits_of
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
 
@@ -65,7 +67,7 @@ class Size:
     memory_megabytes: tuple[int, ...]
 
 
-FULL = Size(rounds=5, steps=6, training_steps=6, memory_megabytes=(50, 200))
+FULL = Size(rounds=5, steps=6, training_steps=4, memory_megabytes=(50, 200))
 QUICK = Size(rounds=2, steps=1, training_steps=2, memory_megabytes=(5, 20))
 
 
@@ -116,6 +118,8 @@ class Ours:
         self.seconds: dict[str, dict[str, float]] = {}
         for state in ("cold", "warm"):
             with timed(self.seconds, f"rows_{state}"):
+                self.rows_read = read_splits(Path(section.recipe), section.max_bad_fraction)
+            with timed(self.seconds, f"hygiene_{state}"):
                 self.tasks = self.fresh()
             with timed(self.seconds, f"tokens_{state}"):
                 self.tasks = keep_tokens(self.tasks, [0] * len(self.tasks), "always")
@@ -137,14 +141,12 @@ class Ours:
         return TrainingBatches(plan, tasks, self._chat, shape)
 
     def ready(self) -> dict[str, Any]:
-        """What making ready from cold has cost; the rows are those of training and validation."""
-        rows = sum(len(task.train) + len(task.evaluation) for task in self.tasks)
-        train_rows = sum(len(task.train) for task in self.tasks)
+        """What making ready has cost: the stores of all splits, then hygiene, then the tokens of training."""
         tokens = sum(sum(task.tokens.lengths(range(len(task.train)))) for task in self.tasks)
         return {
-            "rows": rows,
-            "rows_per_second": round(rows / self.seconds["rows_cold"]["wall"]),
-            "training_rows": train_rows,
+            "rows": self.rows_read,
+            "rows_per_second": round(self.rows_read / self.seconds["rows_cold"]["wall"]),
+            "training_rows": sum(len(task.train) for task in self.tasks),
             "tokens": tokens,
             **token_speed(tokens, self.seconds["tokens_cold"]),
             "seconds": self.seconds,
@@ -152,6 +154,13 @@ class Ours:
 
     def encode(self, task: int, rows: Sequence[int]) -> list[list[int]]:
         return [encoded.input_ids for encoded in self.tasks[task].tokens.encoded(rows)]
+
+
+def read_splits(recipe: Path, max_bad_fraction: float) -> int:
+    """Builds or opens the row store of every split; returns their rows."""
+    specs = load_mixture(recipe).tasks
+    splits = [load_split(spec, name, max_bad_fraction) for spec in specs for name in splits_of(spec)]
+    return sum(len(split.examples) for split in splits)
 
 
 def ready_datasets(baseline: Baseline) -> dict[str, Any]:
@@ -191,7 +200,7 @@ class Arm:
 
     def round(self, steps: range) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
-        made = sum(self.step(number) for number in steps)
+        made = np.sum([self.step(number) for number in steps], axis=0)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self._wall.append(made[0] / wall)
         self._cpu.append(made[0] / cpu)
@@ -249,7 +258,7 @@ def run_rounds(arms: Sequence[Arm], size: Size) -> None:
 
 
 def useful_ours(ours: Ours, size: Size) -> Iterator[dict[str, Any]]:
-    """Tokens over positions, on the ranks themselves and with every rank waiting for the longest of a turn."""
+    """Tokens over positions, on the ranks themselves and where each waits for the longest of a turn."""
     for batching in ROWS_PER_MICRO_BATCH:
         for world in (1, 2, 8):
             ranks = [ours.batches("always", batching, rank, world) for rank in range(world)]
@@ -356,9 +365,9 @@ def cpu_name() -> str:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {
-        "median": round(statistics.median(values), 1),
-        "min": round(min(values), 1),
-        "max": round(max(values), 1),
+        "median": round(float(statistics.median(values)), 1),
+        "min": round(float(min(values)), 1),
+        "max": round(float(max(values)), 1),
     }
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     kind, *arguments = sys.argv[1:]
-    found = {"memory": memory, "training": training}[kind](*arguments)
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {"memory": memory, "training": training}
+    found = kinds[kind](*arguments)
     sys.stdout.write(json.dumps(found) + "\n")
 
 
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def memory(reader: str, file: str) -> dict[str, Any]:
-    """Peak growth in MB over reading a small file before: private pages, and all with those of mapped files."""
+    """Peak growth in MB after a small file was read: private pages alone, and with those of mapped files."""
     read = READERS[reader]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["MOE_MEDICAL_CACHE"] = scratch
@@ -44,8 +45,8 @@ def memory(reader: str, file: str) -> dict[str, Any]:
             seconds = time.perf_counter() - began
     return {
         "rows": rows,
-        "private_growth_mb": round(watch.growth("RssAnon"), 1),
-        "growth_mb": round(watch.growth("VmRSS"), 1),
+        "private_mb": round(watch.growth("RssAnon"), 1),
+        "with_mapped_files_mb": round(watch.growth("VmRSS"), 1),
         "seconds": round(seconds, 2),
     }
 
@@ -107,6 +108,8 @@ def status() -> dict[str, int]:
 def training(base: str, recipe: str, steps: str, folder: str) -> dict[str, Any]:
     """Seconds that steps of a real model wait for data, made between them and in the background."""
     os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "MASTER_ADDR": "127.0.0.1"}
+    import torch
+
     from moe_medical.config import RunConfig
     from moe_medical.distributed.topology import start_distributed, stop_distributed
     from moe_medical.training.trainer import Trainer
@@ -116,6 +119,7 @@ def training(base: str, recipe: str, steps: str, folder: str) -> dict[str, Any]:
     config.data.max_length, config.data.token_cache = 256, "never"
     config.training.steps = 2 * count
     config.training.global_batch, config.training.micro_batch = 16, 4
+    config.training.balance_over = "micro_batch"
     config.parallel.device = "cpu"
     config.parallel.deepspeed = str(ROOT / "ds_configs" / "zero2.json")
     config.tracking.wandb.enabled = False
@@ -124,6 +128,7 @@ def training(base: str, recipe: str, steps: str, folder: str) -> dict[str, Any]:
     stop_distributed()
     return {
         "model": "smollm2-135m, preset ming_moe, float32, packed, tokens made as they are read",
+        "threads": torch.get_num_threads(),
         "global_batch": 16,
         "max_length": 256,
         "steps": count,

@@ -3,9 +3,9 @@
     load_dataset("json") per task -> shuffle -> interleave_datasets(probabilities) -> DataLoader, 8 samples a
     batch, padded on the left to the longest
 
-Two forms: tokenised by `.map(batched=True)` ahead of the loop, or in the collate function. Each batch has ids,
-mask and labels on the targets alone. The chat template is rendered once, not for each sample, and the calls
-of the tokenizer are batched.
+Two forms: tokenised by `.map(batched=True)` ahead of the loop, or in the collate function. Each batch has
+ids, mask and labels on the targets alone. The chat template is rendered once, not for each sample, and the
+calls of the tokenizer are batched.
 """
 
 from __future__ import annotations

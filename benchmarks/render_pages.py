@@ -76,9 +76,99 @@ def expert_parallel() -> str:
     )
 
 
+def data_pipeline() -> str:
+    record = read("data_pipeline")
+    parts = [pipeline_arms, pipeline_useful, pipeline_setting, pipeline_start, pipeline_memory, pipeline_wait]
+    return "\n\n".join(part(record) for part in parts)
+
+
+def pipeline_arms(record: dict[str, Any]) -> str:
+    lines = ["| pipeline | tokens | batching | rank 0 of | tokens/s per core | CPU ms a step | tokens/s |"]
+    lines.append("|---" * 7 + "|")
+    for row in record["arms"]:
+        core = row["tokens_per_core_second"]
+        cells = [row["pipeline"], row["tokens"], row["batching"], str(row["world"])]
+        cells.append(f"{core['median']:,.0f} ({core['min']:,.0f} to {core['max']:,.0f})")
+        cells.append(f"{row['cpu_ms_per_step']['median']:.1f}")
+        cells.append(f"{row['tokens_per_second']['median']:,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pipeline_useful(record: dict[str, Any]) -> str:
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    for row in record["useful"]:
+        rows.setdefault(f"{row['pipeline']}, {row['batching']}", {})[row["world"]] = row
+    worlds = sorted(next(iter(rows.values())))
+    heads = [f"{n} {'rank' if n == 1 else 'ranks'}" for n in worlds] + [f"{worlds[-1]} ranks, waiting"]
+    lines = [f"| useful positions | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, of in rows.items():
+        shares = [of[n]["useful"] for n in worlds] + [of[worlds[-1]]["useful_waiting"]]
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
+    return "\n".join(lines)
+
+
+def pipeline_setting(record: dict[str, Any]) -> str:
+    setting, environment = record["setting"], record["environment"]
+    machine = environment["machine"]
+    loads = [environment[f"load_average_{when}"][0] for when in ("before", "after")]
+    return (
+        f"{setting['tasks']} tasks, tokenizer of {setting['tokenizer']}, {setting['global_batch']} samples a "
+        f"step, max_length {setting['max_length']}; median and range of {setting['rounds']} rounds of "
+        f"{setting['steps_per_round']} steps, arms in turns ({machine['cpu']}, {machine['cores']} cores, "
+        f"load average {loads[0]} before and {loads[1]} after). Both pipelines make the same tokens of "
+        f"{100 * record['same_tokens']:.1f} % of the rows compared."
+    )
+
+
+def pipeline_start(record: dict[str, Any]) -> str:
+    ours, theirs = record["ready"]["ours"], record["ready"]["datasets"]
+    mine = {stage: seconds["wall"] for stage, seconds in ours["seconds"].items()}
+    other = {stage: seconds["wall"] for stage, seconds in theirs["seconds"].items()}
+    warm = sum(seconds for stage, seconds in mine.items() if stage.endswith("warm"))
+    return (
+        f"Made ready from cold: {ours['rows']:,} rows of all splits into stores in {mine['rows_cold']:.1f} s "
+        f"({ours['rows_per_second']:,} rows/s), hygiene and fit in {mine['hygiene_cold']:.1f} s, "
+        f"{ours['tokens'] / 1e6:.1f} million tokens in {mine['tokens_cold']:.1f} s "
+        f"({ours['tokens_per_core_second']:,} tokens/s per core); from warm all of it in {warm:.1f} s. "
+        f"`datasets` loads in {other['load']:.1f} s, maps in {other['map']:.1f} s "
+        f"({theirs['tokens_per_core_second']:,} tokens/s per core), interleaves in "
+        f"{other['interleave']:.1f} s."
+    )
+
+
+def pipeline_memory(record: dict[str, Any]) -> str:
+    rows = record["memory"]
+    sizes = sorted({row["megabytes"] for row in rows})
+    grown = {
+        reader: " and ".join(f"{row['private_mb']:.0f}" for row in rows if row["reader"] == reader)
+        for reader in ("ours", "list of records")
+    }
+    mapped = max(row["with_mapped_files_mb"] for row in rows if row["reader"] == "ours")
+    return (
+        f"Reading a JSONL of {' and one of '.join(map(str, sizes))} MB adds {grown['ours']} MB of private "
+        f"memory; a list of its records, {grown['list of records']} MB. With the pages of mapped files, "
+        f"which the system takes back when it needs them, ours reaches {mapped:.0f} MB."
+    )
+
+
+def pipeline_wait(record: dict[str, Any]) -> str:
+    training = record["training"]
+    runs = [
+        f"{row['wait_ms']:.2f} ms of {row['step_ms'] / 1e3:.1f} s with `workers: {row['workers']}`"
+        for row in training["runs"]
+    ]
+    return (
+        f"A training step waits for its data {' and '.join(runs)} ({training['model']}; "
+        f"{training['global_batch']} samples, max_length {training['max_length']}, threads of torch: "
+        f"{training['threads']})."
+    )
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "quickstart"): quickstart,
     ("docs/parallelism.md", "expert_parallel"): expert_parallel,
+    ("docs/data.md", "data_pipeline"): data_pipeline,
 }
 
 

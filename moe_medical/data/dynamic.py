@@ -344,10 +344,17 @@ class DynamicMix:
         """JSON-able; a checkpoint keeps it beside `plan.state(sample)`."""
         return {"decided": self._decided, "given": self._given.tolist(), "rule": self._rule.state()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state()`, once the plan has been restored."""
+    def load_state(self, state: Mapping[str, Any], same_plan: bool = True) -> None:
+        """Go on from a `state()`, once the plan has been restored.
+
+        Args:
+            state: Of the rule.
+            same_plan: False where the plan is another one, which has given other samples until now.
+        """
         self._rule.load_state(state["rule"])
         self._decided, self._given = state["decided"], np.array(state["given"], dtype=np.int64)
+        if not same_plan:
+            self._given = self._plan.counts(self._decided * self._global_batch)
 
     @property
     def _end_block(self) -> int:

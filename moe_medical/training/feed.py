@@ -79,12 +79,15 @@ class Feed:
 def agreed_batching(wanted: Batching, engine: Engine) -> Batching:
     """`wanted`, or `grouped` where the base model cannot keep packed samples apart.
 
-    Collective: every rank must call, and all try the same tokens, so they agree.
+    Collective: every rank must call. One that cannot is enough: ranks that laid out a step in different
+    ways would train on some of its samples twice and on others never.
     """
     if wanted != "packed":
         return wanted
     reason = why_not_packed(engine.module, engine.topology.device)
-    if reason is None:
+    if not engine.topology.sum(np.array([reason is not None]))[0]:
         return wanted
-    _LOG.warning("data.batching: grouped instead of packed, for %s", reason)
+    if reason is not None or engine.topology.is_main:
+        reason = reason or "another rank cannot keep samples apart"
+        _LOG.warning("data.batching: grouped instead of packed, for %s", reason)
     return "grouped"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moe_medical.config import MoloraConfig, RunConfig
-from moe_medical.config.schema import Exchange
+from moe_medical.config.schema import Batching, Exchange
 from moe_medical.config.validate_parallel import nearest_ep_size
 from moe_medical.console import show, show_table
 from moe_medical.distributed.adapted_model import AdaptedModel, RoutedGroup, Workload
@@ -55,9 +56,14 @@ class LayoutPlan:
     """Those that differ from the chosen one in a single setting."""
     recommended: Recommendation
 
+    batching: Batching
+    """As the run file has it."""
+
     @property
     def samples(self) -> int:
         """Samples of a step on these machines."""
+        if self.batching == "packed":
+            return _at_least_one_each(self.global_batch, self.machines.ranks)
         return self.workload.micro_batch * self.machines.ranks * self.workload.accumulation
 
 
@@ -85,6 +91,7 @@ def plan_layouts(
         chosen=estimate(model, layout, workload),
         others=[estimate(model, other, workload) for other in neighbours(layout, experts)],
         recommended=recommend(model, layout, workload, machines.gpu_memory * _GIB),
+        batching=config.data.batching,
     )
 
 
@@ -132,23 +139,57 @@ def size(number: float) -> str:
 
 
 def _workload(config: RunConfig, adapters: MoloraConfig, sizes: SampleSizes, ranks: int) -> Workload:
+    rows = (
+        _Rows.of_packed(config, sizes, ranks) if config.data.batching == "packed" else _Rows.of(config, sizes)
+    )
     at_once = config.training.micro_batch * ranks
+    accumulation = max(1, -(-rows.number // at_once))
     return Workload.of(
         config,
         adapters,
-        accumulation=max(1, -(-config.training.global_batch // at_once)),
-        mean_tokens=sizes.mean,
-        longest=sizes.longest,
-        targets=sizes.longest_target,
+        accumulation=accumulation,
+        mean_tokens=rows.tokens / (accumulation * at_once),
+        longest=rows.longest,
+        targets=rows.target_columns,
     )
+
+
+class _Rows(NamedTuple):
+    """The rows of a step over all ranks."""
+
+    number: int
+    tokens: float
+    longest: int
+    """Tokens of a row at most."""
+    target_columns: int
+    """Columns of a micro-batch that hold a target of some row."""
+
+    @classmethod
+    def of(cls, config: RunConfig, sizes: SampleSizes) -> _Rows:
+        """One sample a row."""
+        samples = config.training.global_batch
+        return cls(samples, samples * sizes.mean, sizes.longest, sizes.longest_target)
+
+    @classmethod
+    def of_packed(cls, config: RunConfig, sizes: SampleSizes, ranks: int) -> _Rows:
+        """As few as hold the samples, equally many on each rank; rows have their targets in other columns."""
+        samples = _at_least_one_each(config.training.global_batch, ranks)
+        length = config.data.pack_length or config.data.max_length
+        tokens = samples * sizes.mean
+        number = math.ceil(tokens / length / ranks) * ranks
+        targets = samples * sizes.mean_target / number * config.training.micro_batch
+        return cls(number, tokens, length, min(length, math.ceil(targets)))
+
+
+def _at_least_one_each(samples: int, ranks: int) -> int:
+    return -(-samples // ranks) * ranks
 
 
 def _batch_line(plan: LayoutPlan) -> str:
     machines, work = plan.machines, plan.workload
     where = f"{plan.model.base.name} on {machines.nodes} x {machines.gpus} ranks"
-    batch = (
-        f"micro-batch {work.micro_batch} x {work.accumulation} accumulated = {plan.samples} samples a step"
-    )
+    rows = f"up to {work.micro_batch} packed rows" if plan.batching == "packed" else f"{work.micro_batch}"
+    batch = f"micro-batch {rows} x {work.accumulation} accumulated = {plan.samples} samples a step"
     asked = "" if plan.samples == plan.global_batch else f" (the run file asks for {plan.global_batch})"
     return f"{where}; {batch}{asked}; {work.dtype}; activations and buffers are estimates\n"
 

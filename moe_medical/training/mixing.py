@@ -2,8 +2,8 @@
 
     step done -> due? -> what the rule needs (an evaluation, the training losses, gradients) -> new shares
 
-Decisions use numbers of all ranks, and the main rank's result is everybody's. The weights that follow are kept
-with the plan in each checkpoint, so a resumed run reads the same samples.
+Decisions use numbers of all ranks, and the main rank's result is everybody's. The weights that follow are
+kept with the plan in each checkpoint, so a resumed run reads the same samples.
 """
 
 from __future__ import annotations
@@ -79,17 +79,19 @@ class Mixing:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; of changed data, which the user has accepted, only the rule's."""
+        is_main, restored = self._engine.topology.is_main, True
         try:
             self._feed.plan.restore(state["plan"])
         except ValueError as e:
-            _LOG.warning("shares start anew: %s", e)
+            restored = False
+            _LOG.log(logging.WARNING if is_main else logging.DEBUG, "shares start anew: %s", e)
         if self._rule is not None:
-            self._rule.load_state(state["rule"])
-        if self._engine.topology.is_main:
+            self._rule.load_state(state["rule"], same_plan=restored)
+        if is_main:
             self._sums = np.array(state["sums"])
 
     def _training_losses(self) -> np.ndarray:
-        """Mean loss per target token of each task since the last decision; NaN for a task without a sample."""
+        """Mean loss per target token of each task since the last decision; NaN where there was no sample."""
         losses, tokens = self._engine.topology.sum(self._sums)
         self._sums[:] = 0
         return np.asarray(losses / np.where(tokens > 0, tokens, np.nan))

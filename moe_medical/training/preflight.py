@@ -1,6 +1,7 @@
 """Everything that can be wrong is found once, before any rank is started. Torch-free.
 
-Derived files (the embedded model and tasks, rows, tokens) are made here too, by one process instead of every rank.
+Derived files (the embedded model and tasks, rows, tokens) are made here too, by one process instead of all
+ranks.
 """
 
 from __future__ import annotations

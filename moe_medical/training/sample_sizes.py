@@ -20,6 +20,7 @@ class SampleSizes:
     mean: float
     longest: int
     longest_target: int
+    mean_target: float
 
 
 def task_sizes(task: TaskData, chat: ChatFormat) -> SampleSizes:
@@ -28,7 +29,7 @@ def task_sizes(task: TaskData, chat: ChatFormat) -> SampleSizes:
     rows = chat.encode_many([(e.prompt, e.target) for e in task.train.take(picks.tolist())])
     lengths = [len(row.input_ids) for row in rows]
     targets = [len(row.input_ids) - row.num_prompt_tokens for row in rows]
-    return SampleSizes(float(np.mean(lengths)), max(lengths), max(targets))
+    return SampleSizes(float(np.mean(lengths)), max(lengths), max(targets), float(np.mean(targets)))
 
 
 def mixture_sizes(sizes: Sequence[SampleSizes], samples: Sequence[int]) -> SampleSizes:
@@ -39,5 +40,10 @@ def mixture_sizes(sizes: Sequence[SampleSizes], samples: Sequence[int]) -> Sampl
         samples: That the run takes of each; at least one in all.
     """
     seen = [(size, n) for size, n in zip(sizes, samples, strict=True) if n]
-    mean = sum(n * size.mean for size, n in seen) / sum(n for _, n in seen)
-    return SampleSizes(mean, max(s.longest for s, _ in seen), max(s.longest_target for s, _ in seen))
+    total = sum(n for _, n in seen)
+    return SampleSizes(
+        mean=sum(n * size.mean for size, n in seen) / total,
+        longest=max(size.longest for size, _ in seen),
+        longest_target=max(size.longest_target for size, _ in seen),
+        mean_target=sum(n * size.mean_target for size, n in seen) / total,
+    )

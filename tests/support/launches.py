@@ -17,7 +17,7 @@ import psutil
 
 from support.tiny import ROOT
 
-TIMINGS = {"step_seconds", "tokens_per_second"}
+TIMINGS = {"step_seconds", "tokens_per_second", "health/data_wait_seconds", "health/useful_positions"}
 LAUNCH = [sys.executable, "-m", "moe_medical", "launch"]
 PATIENCE_SECONDS = 120.0
 

@@ -86,12 +86,26 @@ def test_bytes_per_rank_on_two_ranks(
 
 def test_the_whole_run_file_is_planned(run_file: Path) -> None:
     settings = ["parallel.ep_size=2", "parallel.exchange=tokens", "training.global_batch=16"]
+    settings += ["data.batching=grouped"]
     plan = make_plan(load_config(run_file, settings), Machines(2, 2)).layouts
     layout = plan.chosen.layout
     assert (layout.ranks, layout.ranks_per_node, layout.zero.stage, layout.ep_size) == (4, 2, 2, 2)
     assert (plan.workload.accumulation, plan.samples, plan.chosen.exchanges["tokens"]) == (2, 16, 6)
     assert [e.layout for e in plan.others] != []
     assert plan.chosen == estimate(plan.model, layout, plan.workload)
+
+
+def test_packed_rows_are_planned(run_file: Path) -> None:
+    """64 samples of 14 to 30 tokens in rows of 96, in equal numbers on the ranks."""
+    config = load_config(run_file, ["training.global_batch=64"])
+    plan = make_plan(config)
+    tokens = 64 * sum(t.tokens for t in plan.tasks) / sum(t.samples for t in plan.tasks)
+    work = plan.layouts.workload
+    rows = -(-tokens // (96 * 2)) * 2
+    assert work.accumulation == -(-rows // 4)  # 2 ranks x 2 rows at once
+    assert work.tokens == pytest.approx(tokens / (2 * work.accumulation), rel=0.01)
+    assert (work.positions, plan.layouts.samples) == (2 * 96, 64)
+    assert 2 * 9 < work.head_positions <= 2 * 96  # packed rows have targets in many columns
 
 
 def test_what_is_printed(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +126,8 @@ def test_another_shape_on_many_ranks(run_file: Path, capsys: pytest.CaptureFixtu
     """Options and overrides in any order; a batch that these ranks cannot make is told, not refused."""
     zero3 = f"parallel.deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
     options = ["--nodes", "8", "--gpus", "8", "--gpu-memory", "40", "--shape", "llama-70b"]
-    assert cli.main(["plan", str(run_file), *options, zero3, "model.dtype=bfloat16"]) == 0
+    settings = [zero3, "model.dtype=bfloat16", "data.batching=grouped"]
+    assert cli.main(["plan", str(run_file), *options, *settings]) == 0
     text = capsys.readouterr().out
     assert "llama-70b on 8 x 8 ranks; micro-batch 2 x 1 accumulated = 128 samples" in text
     assert "(the run file asks for 8); bfloat16;" in text
@@ -140,10 +155,10 @@ def test_it_needs_no_torch(run_file: Path) -> None:
 
 
 def test_the_run_chooses_exchanges_as_the_plan_does(run_file: Path) -> None:
-    config = load_config(run_file, ["parallel.ep_size=2"])
+    config = load_config(run_file, ["parallel.ep_size=2", "data.batching=grouped"])
     layer = SimpleLinear(32, 64)
     for mean, expected in ((1.0, "tokens"), (10_000.0, "weights")):
-        choose = exchange_chooser(config, resolve_adapters(config.adapters), SampleSizes(mean, 90, 9), 2)
+        choose = exchange_chooser(config, resolve_adapters(config.adapters), SampleSizes(mean, 90, 9, 4.0), 2)
         assert choose({"gate": layer, "up": layer}) == expected
 
 
@@ -154,8 +169,8 @@ class SimpleLinear(SizedLinear):
 
 
 def test_sizes_of_a_mixture_leave_out_what_it_does_not_take() -> None:
-    sizes = [SampleSizes(10, 20, 5), SampleSizes(40, 60, 3), SampleSizes(999, 999, 999)]
-    assert mixture_sizes(sizes, [2, 1, 0]) == SampleSizes(20, 60, 5)
+    sizes = [SampleSizes(10, 20, 5, 3), SampleSizes(40, 60, 3, 3), SampleSizes(999, 999, 999, 999)]
+    assert mixture_sizes(sizes, [2, 1, 0]) == SampleSizes(20, 60, 5, 3)
 
 
 @pytest.mark.parametrize(
