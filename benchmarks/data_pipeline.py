@@ -122,7 +122,7 @@ class Ours:
             with timed(self.seconds, f"hygiene_{state}"):
                 self.tasks = self.fresh()
             with timed(self.seconds, f"tokens_{state}"):
-                self.tasks = keep_tokens(self.tasks, [0] * len(self.tasks), "always")
+                self.tasks = keep_tokens(self.tasks, [0] * len(self.tasks), "always", ranks=1)
 
     def fresh(self) -> list[TaskData]:
         """The tasks with tokens made when they are asked for, and none remembered yet."""

@@ -261,7 +261,7 @@ def tokens_per_step(config: RunConfig) -> float:
     """Mean tokens of a step under the arm's static shares."""
     feed = Feed(config, locate_base(config.model))
     samples = feed.samples(config.training.steps)
-    tasks = keep_tokens(feed.tasks, samples.tolist(), "always")
+    tasks = keep_tokens(feed.tasks, samples.tolist(), "always", ranks=1)
     tokens = sum(n * task.tokens.mean_length for n, task in zip(samples.tolist(), tasks, strict=True))
     return float(config.training.global_batch * tokens / samples.sum())
 

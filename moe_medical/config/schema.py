@@ -149,7 +149,7 @@ class DataSection:
     prefetch_steps: int = 4
     """Steps that are made ready ahead, at most."""
     token_cache: TokenCache = "auto"
-    """Keep a task's tokens on disk: `auto` where the run reads each of its rows at least once."""
+    """Keep a task's tokens on disk: `auto` where the ranks would otherwise make more of them as they go."""
     max_length: int = 512
     """Tokens of a sample at most; the prompt's middle is cut, never the target."""
     system_prompt: Optional[str] = "You are a medical expert. Answer exactly and briefly."

@@ -8,9 +8,12 @@ record.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +70,17 @@ def image_finder(spec: TaskSpec) -> Callable[[Row], str | None]:
         file.
     """
     return _Images(spec.images, spec.image).find if spec.image and spec.images else _no_image
+
+
+def image_content(spec: TaskSpec) -> str | None:
+    """Hash that tells which images `image_finder` would find, from names alone; None where it needs none."""
+    if not spec.image or spec.images is None:
+        return None
+    running = hashlib.sha256()
+    for folder, files in _folders(spec.images):
+        archives = [_state(os.path.join(folder, name)) for name in files if name.endswith(".zip")]
+        running.update(json.dumps([os.path.relpath(folder, spec.images), files, archives]).encode())
+    return running.hexdigest()
 
 
 def _as_texts(value: object) -> frozenset[str]:
@@ -206,6 +220,24 @@ DERIVED: Mapping[str, Callable[[Row, TaskSpec], str]] = {
 
 
 def _no_image(row: Row) -> str | None:
+    return None
+
+
+def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below `top` with the names of its files, in one order; behind links too."""
+    seen: set[str] = set()
+    for folder, inner, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = [] if real in seen else sorted(inner)  # a link may lead upwards
+        seen.add(real)
+        yield folder, sorted(files)
+
+
+def _state(archive: str) -> tuple[int, int] | None:
+    """Changes with the members of an archive; None where it cannot be seen."""
+    with suppress(OSError):
+        info = os.stat(archive)
+        return info.st_size, info.st_mtime_ns
     return None
 
 

@@ -43,7 +43,7 @@ _IMAGE_MARK = "<image>"
 
 
 class BadShape(Exception):
-    """Why a record is not of its format. The reason names columns and never quotes their text."""
+    """Why a record cannot be used. The reason names columns and types and never quotes a text."""
 
 
 def record_format(name: str) -> RecordFormat:

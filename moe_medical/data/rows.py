@@ -97,9 +97,7 @@ class TextRows(Sequence[Example]):
         Raises:
             StorageError: the store is damaged.
         """
-        kept = folder / _KEPT
-        selection = np.load(kept, mmap_mode="r") if kept.exists() else None
-        return cls(_Store(folder, task, files, key), selection)
+        return cls(_Store(folder, task, files, key), _read_selection(folder))
 
     def __len__(self) -> int:
         return len(self._store.table) if self._selection is None else len(self._selection)
@@ -195,6 +193,16 @@ class TextRows(Sequence[Example]):
         """Identities of records that have none: file name and line."""
         files = self._store.sources(places)
         return [f"{Path(file).name}:{line}" for file, line in zip(files, lines, strict=True)]
+
+
+def _read_selection(folder: Path) -> Rows | None:
+    try:
+        rows: Rows = np.load(folder / _KEPT, mmap_mode="r")
+        return rows
+    except FileNotFoundError:  # no row has the id of an earlier one
+        return None
+    except (OSError, EOFError, ValueError):
+        raise damaged(folder) from None
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

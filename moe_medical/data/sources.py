@@ -1,7 +1,7 @@
 """Task spec -> examples of one split, with unusable records set aside and every file fingerprinted.
 
-Decisions: one path for all formats: a reader yields raw records with their line, a spec turns a record into
-an `Example` or into a `BadRecord` that tells where and why, never what it said. What comes out is kept on
+Decisions: one path for all formats: a reader yields raw records with their line, `examples.py` turns a record
+into `Example`s or into a `BadRecord` that tells where and why, never what it said. What comes out is kept on
 disk (`rows.py`) under the hash of what went in, so a second run reads the source only to hash it, and a
 source that has not been touched not even for that. The share of bad records is limited per file. An embedded
 terminology is a builder of JSONL files and then is read like any other file.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_medical.cache import default_cache
-from moe_medical.data.columns import image_finder, row_maker
+from moe_medical.data.columns import image_content
+from moe_medical.data.examples import ExampleMaker
 from moe_medical.data.fingerprints import Fingerprint, Fingerprinter, fingerprint_file
 from moe_medical.data.published import BadShape
 from moe_medical.data.readers import Raw, complete_records, read_file
@@ -33,7 +33,6 @@ from moe_medical.data.recipe import (
     FilesSource,
     HubSource,
     TaskSpec,
-    parse_template,
     template_columns,
 )
 from moe_medical.data.rows import BadRecord, Example, RowWriter, TextRows, record_digest
@@ -42,8 +41,9 @@ from moe_medical.errors import DataError
 
 __all__ = ["BadRecord", "Example", "Split", "load_split", "row_settings", "splits_of"]
 
-LIST_SEPARATOR = "; "
-_CODE = code_key("sources", "columns", "published", "readers", "rows", "store")
+_CODE = code_key(
+    "sources", "examples", "columns", "published", "readers", "recipe", "fingerprints", "rows", "store"
+)
 _NO_MATTER = {"name", "kind", "metric", "path", "source", "licence", "citation", "attribution"}
 _NO_MATTER |= {"tags", "phi", "weight", "max_repeats"}
 """Keys of a task YAML that do not shape its rows."""
@@ -82,7 +82,7 @@ def load_split(spec: TaskSpec, split: str, max_bad_fraction: float) -> Split:
     """
     origins = list(_origins(spec, split))
     contents = [(origin.content, Path(origin.name).suffix) for origin in origins]
-    key = content_key([_CODE, row_settings(spec), contents])
+    key = content_key([_CODE, row_settings(spec), contents, image_content(spec)])
     folder = published("rows", key, lambda draft: _build(draft, spec, origins, max_bad_fraction))
     rows = TextRows.open(folder, spec.name, [origin.name for origin in origins], key)
     bad = rows.bad_records()
@@ -122,7 +122,7 @@ def row_settings(spec: TaskSpec) -> dict[str, Any]:
 
 def _build(folder: Path, spec: TaskSpec, origins: Sequence[_Origin], max_bad_fraction: float) -> None:
     writer = RowWriter(folder, spec.id is not None, spec.choices is not None, spec.image is not None)
-    to_example = _ExampleMaker(spec)
+    to_example = ExampleMaker(spec)
     for origin in origins:
         told = _read_origin(spec, origin, to_example, writer, max_bad_fraction)
         writer.end_source(told)
@@ -270,7 +270,7 @@ class _Unusables:
 
 
 def _read_origin(
-    spec: TaskSpec, origin: _Origin, to_example: _ExampleMaker, writer: RowWriter, max_bad_fraction: float
+    spec: TaskSpec, origin: _Origin, to_example: ExampleMaker, writer: RowWriter, max_bad_fraction: float
 ) -> dict[str, Any]:
     """What the store is told of the origin."""
     running, columns, unusable, records = Fingerprinter(), _Columns(), _Unusables(), 0
@@ -279,7 +279,7 @@ def _read_origin(
             running.update(raw.data + b"\n")
         try:
             if raw.row is None:
-                raise _Unusable(raw.reason)
+                raise BadShape(raw.reason)
             columns.of_records.update(dict.fromkeys(raw.row))
             rows = to_example.rows(raw.row)
             columns.of_rows.update(dict.fromkeys(name for row in rows for name in row))
@@ -287,7 +287,7 @@ def _read_origin(
             records += bool(rows)
             for example in examples:
                 writer.add(example, raw.line, raw.data)
-        except (_Unusable, BadShape) as e:
+        except BadShape as e:
             records += 1
             unusable.add(raw.line, str(e))
             writer.set_aside(raw.line, str(e), record_digest(raw.data))
@@ -303,89 +303,6 @@ class _Columns:
 
     of_records: dict[str, None] = field(default_factory=dict)
     of_rows: dict[str, None] = field(default_factory=dict)
-
-
-class _Unusable(Exception):
-    """Why a record cannot be used; the text names columns and types only."""
-
-
-class _ExampleMaker:
-    """Fills a task's templates from rows."""
-
-    def __init__(self, spec: TaskSpec) -> None:
-        self._task, self._id, self._choices = spec.name, spec.id, spec.choices
-        self._prompt, self._target = parse_template(spec.prompt), parse_template(spec.target)
-        self.rows = row_maker(spec, [*template_columns(spec.prompt), *template_columns(spec.target)])
-        """Record -> the rows that fill the templates, none where it is not of the task."""
-        self._image = image_finder(spec)
-
-    def __call__(self, row: dict[str, Any], number: int) -> Example:
-        """The example of a record's row; its id is "" where the task names no column for it."""
-        prompt, target = _fill(self._prompt, row), _fill(self._target, row)
-        if not prompt:
-            raise _Unusable("empty prompt")
-        if not target:
-            raise _Unusable("empty target")
-        choices, image = _choices(row, self._choices), self._image(row)
-        return Example(self._task, self._identity(row, number), prompt, target, choices, image)
-
-    def _identity(self, row: dict[str, Any], number: int) -> str:
-        if self._id is None:
-            return ""
-        identity = _text(row, self._id)
-        if not identity:
-            raise _Unusable(f"empty column {self._id!r}")
-        return f"{identity}#{number}" if number else identity
-
-
-def _fill(template: Sequence[tuple[str, str | None]], row: dict[str, Any]) -> str:
-    parts = (literal + (_text(row, column) if column is not None else "") for literal, column in template)
-    return "".join(parts).strip()
-
-
-def _text(row: dict[str, Any], column: str) -> str:
-    value = _value(row, column)
-    if isinstance(value, (list, tuple)):
-        return LIST_SEPARATOR.join(_scalar(item, column) for item in value)
-    return _scalar(value, column)
-
-
-def _value(row: dict[str, Any], column: str) -> Any:
-    if column not in row:
-        raise _Unusable(f"missing column {column!r}")
-    if row[column] is None:
-        raise _Unusable(f"column {column!r} is null")
-    return row[column]
-
-
-def _scalar(value: Any, column: str) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _Unusable(f"column {column!r} is not a finite number")
-    if isinstance(value, (int, float)):
-        return str(value)
-    if not isinstance(value, str):
-        raise _Unusable(f"column {column!r} is of type {type(value).__name__}")
-    if "\0" in value:
-        raise _Unusable(f"NUL character in column {column!r}")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise _Unusable(f"invalid Unicode in column {column!r}")
-    return value
-
-
-def _choices(row: dict[str, Any], column: str | None) -> tuple[str, ...]:
-    if column is None:
-        return ()
-    value = _value(row, column)
-    if isinstance(value, str):  # CSV has no lists: a JSON list in the cell
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, (list, tuple)):
-        raise _Unusable(f"column {column!r} is not a list")
-    return tuple(_scalar(item, column) for item in value)
 
 
 def _check_columns(spec: TaskSpec, origin: _Origin, columns: _Columns) -> None:

@@ -45,10 +45,14 @@ def content_key(value: object) -> str:
 
 @cache
 def code_key(*modules: str) -> str:
-    """Hash of the code of modules of `moe_medical.data`; without it an edit would meet old results."""
+    """Hash of the code of modules of `moe_medical.data`; without it an edit would meet old results.
+
+    Args:
+        modules: Such as "rows" or "hygiene/drop".
+    """
     running = hashlib.sha256()
     for name in modules:
-        running.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        running.update(Path(__file__).parent.joinpath(f"{name}.py").read_bytes())
     return running.hexdigest()[:16]
 
 

@@ -225,20 +225,21 @@ class _KeptTokens(TokenRows):
 
 
 def keep_tokens(
-    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache
+    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache, ranks: int
 ) -> list[TaskData]:
     """The tasks, those whose tokens are worth it with them on disk; shows the progress of making them.
 
     Args:
         tasks: Of the run.
         samples_per_task: That the run takes of each.
-        policy: `auto` keeps a task's tokens where the run reads each of its rows at least once.
+        policy: `auto` keeps a task's tokens where the run would make more of them as it goes.
+        ranks: Of the run; each needs the lengths of the whole step, so makes the tokens of all its samples.
 
     Raises:
         StorageError: the cache cannot be written, or is damaged.
     """
     wanted = [
-        policy == "always" or (policy == "auto" and samples >= len(task.train))
+        policy == "always" or (policy == "auto" and samples * ranks >= len(task.train))
         for task, samples in zip(tasks, samples_per_task, strict=True)
     ]
     missing = sum(

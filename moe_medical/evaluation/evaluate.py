@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import nn
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
 from moe_medical.data.formats import ChatFormat
+from moe_medical.data.rows import Example
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.generate import generate_ids
 from moe_medical.evaluation.metrics import score
-from moe_medical.evaluation.objective import task_sums, token_losses
+from moe_medical.evaluation.objective import row_sums, token_losses
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class TaskResult:
     score: float | None
     """None where scores are turned off."""
     score_rows: int
+    row_losses: tuple[float, ...] = ()
+    """Summed over the target tokens of each row, in file order: what two evaluations are paired by."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,29 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: dict) -> Evaluation:
-        return cls(data["step"], {k: TaskResult(**v) for k, v in data["tasks"].items()})
+        tasks = {
+            k: TaskResult(**{**v, "row_losses": tuple(v.get("row_losses", ()))})
+            for k, v in data["tasks"].items()
+        }
+        return cls(data["step"], tasks)
+
+
+def paired_error(before: TaskResult, after: TaskResult) -> float:
+    """Standard error of the change of a task's loss between two evaluations of the same rows, nats per token.
+
+    Rows are drawn, so what they contribute to the change is; rows whose loss stays are no noise.
+    """
+    changes = np.subtract(after.row_losses, before.row_losses)
+    return float(np.sqrt(len(changes)) * np.std(changes, ddof=1) / after.tokens) if len(changes) > 1 else 0.0
+
+
+class _Row(NamedTuple):
+    """One row of the probe set."""
+
+    number: int
+    """Among all of the probe set."""
+    task: int
+    example: Example
 
 
 class Evaluator:
@@ -79,36 +104,46 @@ class Evaluator:
         self._tasks, self._chat, self._section = tasks, chat, section
         self._topology, self._synced = topology, needs_equal_forwards
 
-    @property
-    def num_batches(self) -> int:
+    def num_batches(self, scores: bool = True) -> int:
         """Forward passes and generations of one evaluation on this rank, for a progress bar."""
-        return len(self._dealt(self._loss_rows())) + len(self._dealt(self._score_rows()))
+        return len(self._dealt(self._loss_rows())) + scores * len(self._dealt(self._score_rows()))
 
     @torch.no_grad()
-    def run(self, model: nn.Module, step: int, advance: Callable[[], None] = lambda: None) -> Evaluation:
-        """Loss and score of every task."""
+    def run(
+        self, model: nn.Module, step: int, advance: Callable[[], None] = lambda: None, scores: bool = True
+    ) -> Evaluation:
+        """Loss and, unless they are not asked for, score of every task."""
         was_training = model.training
         model.eval()
-        loss, tokens, rows = self._losses(model, advance)
-        scores = self._scores(model, advance)
+        losses, tokens = self._losses(model, advance)
+        scored = self._scores(model, advance) if scores else {}
         model.train(was_training)
+        of_row = np.array([row.task for row in self._loss_rows()])
         results = {}
         for i, task in enumerate(self._tasks):
-            value, count = scores.get(i, (None, 0))
-            mean = float(loss[i] / max(tokens[i], 1))
+            mine, count = losses[of_row == i], int(tokens[of_row == i].sum())
+            value, score_rows = scored.get(i, (None, 0))
             results[task.name] = TaskResult(
-                mean, int(tokens[i]), int(rows[i]), task.spec.metric, value, count
+                loss=float(mine.sum() / count),
+                tokens=count,
+                rows=len(mine),
+                metric=task.spec.metric,
+                score=value,
+                score_rows=score_rows,
+                row_losses=tuple(mine.tolist()),
             )
         return Evaluation(step, results)
 
     def _losses(self, model: nn.Module, advance: Callable[[], None]) -> np.ndarray:
-        sums = np.zeros((3, len(self._tasks)))
-        for batch_rows, counted in self._dealt(self._loss_rows()):
-            encoded = [self._chat.encode(e.prompt, e.target) for _, e in batch_rows]
-            batch = collate(encoded, [t for t, _ in batch_rows], self._chat.pad_id).to(self._topology.device)
-            tokens = token_losses(model, batch)
+        """Summed loss and target tokens of each of the loss rows, shape (2, rows)."""
+        rows = self._loss_rows()
+        sums = np.zeros((2, len(rows)))
+        for batch_rows, counted in self._dealt(rows):
+            encoded = [self._chat.encode(r.example.prompt, r.example.target) for r in batch_rows]
+            batch = collate(encoded, [r.task for r in batch_rows], self._chat.pad_id)
+            tokens = token_losses(model, batch.to(self._topology.device))
             if counted:
-                sums += task_sums(tokens, batch, len(self._tasks)).numpy()
+                sums[:, [r.number for r in batch_rows]] = row_sums(tokens, len(batch_rows))
             advance()
         return self._topology.sum(sums)
 
@@ -117,7 +152,7 @@ class Evaluator:
         ids: list[torch.Tensor] = []
         width = self._section.max_new_tokens
         for batch_rows, _ in self._dealt(rows):
-            prompts = [self._chat.encode_prompt(e.prompt) for _, e in batch_rows]
+            prompts = [self._chat.encode_prompt(r.example.prompt) for r in batch_rows]
             made = generate_ids(model, prompts, self._chat, width, self._topology.device, self._synced)
             ids.append(nn.functional.pad(made, (0, 0, 0, self._section.batch_rows - len(made)), value=-1))
             advance()
@@ -132,9 +167,9 @@ class Evaluator:
     def _score_texts(self, rows: list, ids: torch.Tensor) -> dict[int, tuple[float, int]]:
         # Batches are full but for the last one and stand-ins, so rows and tokens line up from the start.
         texts: dict[int, list[tuple[str, str]]] = {}
-        for (task, example), line in zip(self._ordered(rows), ids, strict=False):
+        for row, line in zip(_ordered(rows), ids, strict=False):
             text = self._chat.decode([i for i in line.tolist() if i >= 0])
-            texts.setdefault(task, []).append((text, example.target))
+            texts.setdefault(row.task, []).append((text, row.example.target))
         scores = {}
         for task, pairs in texts.items():
             spec = self._tasks[task].spec
@@ -142,19 +177,22 @@ class Evaluator:
             scores[task] = (score(spec.metric, predictions, targets, spec.language), len(pairs))
         return scores
 
-    def _loss_rows(self) -> list:
-        n = self._section.loss_rows
-        return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
+    def _loss_rows(self) -> list[_Row]:
+        return self._first_rows(self._section.loss_rows)
 
-    def _score_rows(self) -> list:
-        n = self._section.score_rows
-        return [(i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:n]]
+    def _score_rows(self) -> list[_Row]:
+        return self._first_rows(self._section.score_rows)
 
-    def _ordered(self, rows: list) -> list:
-        return sorted(rows, key=lambda row: len(row[1].prompt) + len(row[1].target), reverse=True)
+    def _first_rows(self, count: int) -> list[_Row]:
+        rows = ((i, e) for i, task in enumerate(self._tasks) for e in task.evaluation[:count])
+        return [_Row(number, task, example) for number, (task, example) in enumerate(rows)]
 
-    def _dealt(self, rows: list) -> list:
-        return list(deal(self._ordered(rows), self._section.batch_rows, self._topology))
+    def _dealt(self, rows: list[_Row]) -> list[tuple[Sequence[_Row], bool]]:
+        return list(deal(_ordered(rows), self._section.batch_rows, self._topology))
+
+
+def _ordered(rows: list[_Row]) -> list[_Row]:
+    return sorted(rows, key=lambda row: len(row.example.prompt) + len(row.example.target), reverse=True)
 
 
 def deal(rows: Sequence[T], batch_rows: int, topology: Topology) -> Iterator[tuple[Sequence[T], bool]]:

@@ -50,6 +50,8 @@ class TokenLosses(NamedTuple):
     task_ids: torch.Tensor
     sample_targets: torch.Tensor
     """Target tokens of the token's sample."""
+    rows: torch.Tensor
+    """Row of the batch that the token is in."""
 
 
 def token_losses(forward: Forward, batch: Batch) -> TokenLosses:
@@ -60,7 +62,8 @@ def token_losses(forward: Forward, batch: Batch) -> TokenLosses:
     supervised = labels != IGNORE
     losses = F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
     task_ids, targets = batch.task_ids_BS[:, columns], batch.sample_targets_BS[:, columns]
-    return TokenLosses(losses, task_ids[supervised], targets[supervised])
+    rows = supervised.nonzero()[:, 0]
+    return TokenLosses(losses, task_ids[supervised], targets[supervised], rows)
 
 
 def run_model(forward: Forward, batch: Batch, logits_to_keep: torch.Tensor) -> torch.Tensor:
@@ -74,6 +77,14 @@ def run_model(forward: Forward, batch: Batch, logits_to_keep: torch.Tensor) -> t
         logits_to_keep=logits_to_keep,
     ).logits
     return logits
+
+
+def row_sums(tokens: TokenLosses, num_rows: int) -> np.ndarray:
+    """Summed loss and target tokens of each row of a batch; float64, shape (2, num_rows)."""
+    sums = torch.zeros(2, num_rows, dtype=torch.float64, device=tokens.losses.device)
+    sums[0].index_add_(0, tokens.rows, tokens.losses.detach().double())
+    sums[1] = torch.bincount(tokens.rows, minlength=num_rows)
+    return sums.cpu().numpy()
 
 
 def task_sums(tokens: TokenLosses, batch: Batch, num_tasks: int) -> TaskSums:

@@ -40,6 +40,10 @@ _FREE = {
 }
 _VERSION = 2
 _REMEDY = "Restore it or use a new run.name."
+_OTHER_MIXTURE = (
+    "the mixture is not the checkpoint's: a weight, cap or hygiene key has changed, or training.steps, "
+    "which moves shares under unimax and where a cap binds"
+)
 _ACCEPT = f"{_REMEDY} checkpoint.accept_data_change=true goes on with the data as it is and marks the run."
 
 
@@ -85,9 +89,7 @@ class RunIdentity:
             settings.append(f"the tasks were {before} in the checkpoint, are {now}")
         data = [] if settings else list(self._changed_data(saved["tasks"]))
         if not settings and not data and saved["mixture"] != self.mixture:
-            settings = [
-                "the mixture is not the checkpoint's; training.steps changes shares where a cap binds"
-            ]
+            settings = [_OTHER_MIXTURE]
         if settings:
             raise DataError("\n".join(f"{difference}. {_REMEDY}" for difference in settings))
         if data and not accept_data_change:

@@ -20,7 +20,7 @@ from moe_medical.data.batches import Batch, collate
 from moe_medical.data.dynamic import DynamicMix, dynamic_mix
 from moe_medical.data.tasks import mix_sizes
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.evaluation.evaluate import Evaluation, paired_error
 from moe_medical.training.feed import Feed
 from moe_medical.training.task_gradients import Sketch, probe_gram
 
@@ -41,6 +41,8 @@ class Mixing:
         )
         self._sketch = Sketch()
         self._sums = np.zeros((2, len(feed.tasks)))
+        self._last: Evaluation | None = None
+        """Of the last decision."""
 
     def add(self, sums: np.ndarray) -> None:
         """This rank's losses and target tokens of a step, in rows of shape (tasks,)."""
@@ -60,13 +62,12 @@ class Mixing:
         if rule is None or not rule.due(done):
             return {}
         names = [task.name for task in self._feed.tasks]
-        loss_T = gram_TT = None
+        loss_T = error_T = gram_TT = None
         if rule.needs == "evaluation":
-            results = evaluate().tasks
-            loss_T = np.array([results[name].loss for name in names])
+            loss_T, error_T = self._changes(evaluate())
         if rule.needs == "gradients":
             gram_TT = self._gradients(done)
-        _, weights = rule.decide(done, loss_T, None, self._training_losses(), gram_TT)
+        _, weights = rule.decide(done, loss_T, error_T, self._training_losses(), gram_TT)
         return {f"mix_next/{n}": float(w) for n, w in zip(names, weights / weights.sum(), strict=True)}
 
     def state(self, done: int) -> dict[str, Any]:
@@ -75,7 +76,8 @@ class Mixing:
         # From here on the main rank has it all, as a resumed run will.
         self._sums = total if self._engine.topology.is_main else np.zeros_like(total)
         rule = self._rule.state() if self._rule else None
-        return {"plan": self._feed.plan_state(done), "rule": rule, "sums": total.tolist()}
+        last = self._last.to_json() if self._last else None
+        return {"plan": self._feed.plan_state(done), "rule": rule, "sums": total.tolist(), "last": last}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; of changed data, which the user has accepted, only the rule's."""
@@ -87,8 +89,16 @@ class Mixing:
             _LOG.log(logging.WARNING if is_main else logging.DEBUG, "shares start anew: %s", e)
         if self._rule is not None:
             self._rule.load_state(state["rule"], same_plan=restored)
+        self._last = Evaluation.from_json(state["last"]) if state["last"] else None
         if is_main:
             self._sums = np.array(state["sums"])
+
+    def _changes(self, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray | None]:
+        """Loss of each task now, and the standard error of its change since the last decision."""
+        now, before = evaluation.tasks, self._last.tasks if self._last else None
+        self._last, names = evaluation, [task.name for task in self._feed.tasks]
+        losses = np.array([now[name].loss for name in names])
+        return losses, np.array([paired_error(before[n], now[n]) for n in names]) if before else None
 
     def _training_losses(self) -> np.ndarray:
         """Mean loss per target token of each task since the last decision; NaN where there was no sample."""

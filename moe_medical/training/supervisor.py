@@ -28,6 +28,8 @@ _CLAIM = "MOE_MEDICAL_ERROR_CLAIM"
 """Variable that names a file; the rank that creates it tells the launch's error."""
 _SUPERVISOR = "MOE_MEDICAL_SUPERVISOR"
 """Variable that holds the supervisor's process id."""
+_THREAD_POOLS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+"""Of torch and of the tokenizers, which would else start a thread per core in every rank."""
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -101,7 +103,9 @@ def _environment(num_ranks: int, folder: Path) -> dict[str, str]:
         _CLAIM: str(folder / "error"),
         _SUPERVISOR: str(os.getpid()),
     }
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    share = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    for pool in _THREAD_POOLS:
+        env.setdefault(pool, share)
     return env
 
 

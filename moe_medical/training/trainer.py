@@ -258,7 +258,8 @@ class Trainer:
                     self._save_checkpoint(step + 1)
 
     def _decide_mixture(self, done: int) -> None:
-        values = self.mixing.step_done(done, lambda: self._evaluation_at(done, f"evaluating at step {done}"))
+        label = f"evaluating at step {done}"
+        values = self.mixing.step_done(done, lambda: self._evaluation_at(done, label, scores=False))
         if values:
             self.sinks.log(values | {"tokens": self.tokens_seen}, done)
 
@@ -324,19 +325,20 @@ class Trainer:
 
     # Results
 
-    def _evaluation_at(self, step: int, label: str) -> Evaluation:
+    def _evaluation_at(self, step: int, label: str, scores: bool = True) -> Evaluation:
         """The evaluation after `step` steps; a resumed run reads it back instead of repeating it."""
         known = self.folder.read_evaluation(step)
         if int(self.topology.sum(np.array([known is not None]))[0]) == self.topology.world_size and known:
             return known
-        with progress_line(label, self.evaluator.num_batches, self.topology.is_main) as progress:
+        batches = self.evaluator.num_batches(scores)
+        with progress_line(label, batches, self.topology.is_main) as progress:
 
             def advance() -> None:
                 progress.advance()
                 if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
                     self._stop_at(step)
 
-            evaluation = self.evaluator.run(self.engine.module, step, advance)
+            evaluation = self.evaluator.run(self.engine.module, step, advance, scores)
         if self.topology.is_main:
             self.sinks.log(self._evaluation_values(evaluation), step)
             self.folder.write_evaluation(evaluation)

@@ -373,6 +373,40 @@ def test_caps_hold_to_the_sample_under_every_dynamic_rule(
     assert (counts <= limits).all()
 
 
+def test_a_rule_goes_on_over_data_that_has_changed() -> None:
+    """6000 rows of `a` have become 1000: the state tells of samples that the new plan never gave."""
+    batch, samples, loss = 32, 6400, np.full(3, 2.0)
+    mix = MixSection(rule="proportional", block=64, dynamic=DynamicMixSection(rule="regret", every_blocks=2))
+
+    def started(rows: Sequence[int]) -> tuple[MixPlan, DynamicMix, Floats]:
+        sizes = [TaskSize(name, n, max_repeats=2.0) for name, n in zip("abc", rows, strict=True)]
+        plan = MixPlan(rows, task_weights(mix, sizes, samples), 64, 0, [2.0] * 3)
+        mixing = dynamic_mix(mix, sizes, plan, batch, samples)
+        assert mixing is not None
+        return plan, mixing, row_limits(rows, [2.0] * 3)
+
+    _, mixing, _ = started([6000, 3000, 1000])
+    for step in filter(mixing.due, range(1, 100)):
+        loss *= 0.97
+        mixing.decide(step, loss)
+    state = mixing.state()
+    plan, mixing, limits = started([1000, 3000, 1000])
+    mixing.load_state(state, same_plan=False)
+    assert mixing.state()["given"] == plan.counts(state["decided"] * batch).tolist() != state["given"]
+    decisions = []
+    for step in filter(mixing.due, range(100, 201)):
+        loss *= 0.97
+        decisions.append(mixing.decide(step, loss)[1])
+        given = mixing.state()["given"]
+        assert given == plan.counts(step * batch).tolist()
+    assert len(decisions) > 20
+    assert np.isfinite(decisions).all()
+    assert (np.array(decisions) >= 0).all()
+    counts = plan.counts(samples)
+    assert counts.sum() == samples
+    assert (counts <= limits).all()
+
+
 def test_a_capped_task_is_spread_over_what_is_left_of_the_run() -> None:
     """`c` has 27 samples to give; pushed as far as it goes, it is still there at the end."""
     plan, mixing = steered(samples=800)

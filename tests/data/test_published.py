@@ -431,6 +431,46 @@ def test_an_image_has_to_be_there(data: Path) -> None:
     ]
 
 
+def test_images_that_are_unpacked_later_are_found(data: Path) -> None:
+    """What was set aside for want of an image is not for ever, wherever the image turns up."""
+    folder, elsewhere = data / "3vqa/images", data / "disk"
+    names = ["a.jpg", "more.zip/x/b.jpg", "deep/down/c.jpg", "linked/d.jpg", "more.zip/e.jpg"]
+    whole(data / "3vqa/train_rad.json", *(llava(n, "Is it?", "yes", answer_type="CLOSED") for n in names))
+
+    def found() -> list[str | None]:
+        rows = load("med_moe/med_moe_rad_closed", "train", 1.0).examples
+        return [str(Path(e.image or "").relative_to(folder)) for e in rows]
+
+    with pytest.raises(DataError, match="no usable record"):
+        found()
+    images(folder)
+    assert found() == names[:2]
+    (folder / "deep/down").mkdir(parents=True)
+    assert found() == names[:2]
+    (folder / "deep/down/c.jpg").write_bytes(b"jpeg")
+    assert found() == names[:3]
+    elsewhere.mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(elsewhere)
+    assert found() == names[:3]
+    (elsewhere / "d.jpg").write_bytes(b"jpeg")
+    assert found() == names[:4]
+    with zipfile.ZipFile(folder / "more.zip", "a") as archive:
+        archive.writestr("e.jpg", b"jpeg")
+    assert found() == names
+    (folder / "a.jpg").unlink()
+    assert found() == names[1:]
+
+
+def test_a_store_of_images_that_are_there_is_used_again(data: Path, tmp_path: Path) -> None:
+    images(data / "3vqa/images")
+    whole(data / "3vqa/train_rad.json", llava("a.jpg", "Is it?", "yes", answer_type="CLOSED"))
+    only("med_moe/med_moe_rad_closed", "train")
+    (data / "3vqa/images/a.jpg").touch()
+    only("med_moe/med_moe_rad_closed", "train")
+    assert len(list((tmp_path / "cache/rows").iterdir())) == 1
+
+
 def test_a_text_run_refuses_tasks_of_images(tmp_path: Path) -> None:
     section = DataSection(recipe=str(RECIPES / "med_moe.yaml"))
     chat = ChatFormat.from_folder(write_tiny_model(tmp_path / "model"), None, 64)

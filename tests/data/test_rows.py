@@ -177,6 +177,15 @@ def test_a_damaged_store_is_named(tmp_path: Path, cache: Path) -> None:
         _load(tmp_path)
 
 
+@pytest.mark.parametrize("left", [0, 40, -8])
+def test_a_damaged_selection_is_named(tmp_path: Path, cache: Path, left: int) -> None:
+    _load(tmp_path, _write(tmp_path / "x.jsonl", _row(0), _row(0), _row(1)), most=0.5)
+    [kept] = cache.rglob("kept.npy")
+    kept.write_bytes(kept.read_bytes()[:left])
+    with pytest.raises(StorageError, match=f"{kept.parent} is damaged. Delete it"):
+        _load(tmp_path, most=0.5)
+
+
 def test_threads_read_what_one_thread_reads(rows: TextRows) -> None:
     wrong: list[int] = []
 

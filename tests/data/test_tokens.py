@@ -212,18 +212,19 @@ def test_threads_get_what_one_thread_gets(tasks: list[TaskData], chat: ChatForma
 
 
 @pytest.mark.parametrize(
-    ("policy", "samples", "kept"),
+    ("policy", "samples", "ranks", "kept"),
     [
-        ("never", [1000, 1000], [False, False]),
-        ("always", [0, 0], [True, True]),
-        ("auto", [80, 19], [True, False]),
-        ("auto", [79, 20], [False, True]),
+        ("never", [1000, 1000], 1, [False, False]),
+        ("always", [0, 0], 1, [True, True]),
+        ("auto", [80, 19], 1, [True, False]),
+        ("auto", [79, 20], 1, [False, True]),
+        ("auto", [20, 4], 4, [True, False]),
     ],
 )
 def test_the_policy(
-    tasks: list[TaskData], cache: Path, policy: TokenCache, samples: list[int], kept: list[bool]
+    tasks: list[TaskData], cache: Path, policy: TokenCache, samples: list[int], ranks: int, kept: list[bool]
 ) -> None:
-    found = keep_tokens(tasks, samples, policy)
+    found = keep_tokens(tasks, samples, policy, ranks)
     assert [not isinstance(task.tokens, FreshTokens) for task in found] == kept
     assert [replace(task, tokens=old.tokens) for task, old in zip(found, tasks, strict=True)] == tasks
     assert len(list((cache / "tokens").glob("*"))) == sum(kept)
@@ -231,10 +232,10 @@ def test_the_policy(
 
 def test_progress_is_told_of_what_is_made(tasks: list[TaskData], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        keep_tokens(tasks, [80, 0], "auto")
-        keep_tokens(tasks, [80, 20], "auto")
+        keep_tokens(tasks, [80, 0], "auto", ranks=1)
+        keep_tokens(tasks, [80, 20], "auto", ranks=1)
         told = [
             record.getMessage().strip() for record in caplog.records if "tokenising" in record.getMessage()
         ]
-        keep_tokens(tasks, [80, 20], "auto")
+        keep_tokens(tasks, [80, 20], "auto", ranks=1)
     assert told == ["tokenising 80/80", "tokenising 20/20"]

@@ -21,7 +21,7 @@ from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
-from moe_medical.evaluation.evaluate import Evaluation, Evaluator, deal
+from moe_medical.evaluation.evaluate import Evaluation, Evaluator, TaskResult, deal, paired_error
 from moe_medical.evaluation.objective import TokenLosses, TokenWeights, task_sums, token_losses
 
 WRONG = {("last_word", 1), ("even", 0), ("even", 3)}
@@ -83,7 +83,7 @@ def _evaluate(run: str) -> list[dict[str, Any]]:
         evaluator = Evaluator(tasks, chat, section, topology, needs_equal_forwards=False)
         turns: list[int] = []
         evaluation = evaluator.run(model.train(), 5, lambda turns=turns: turns.append(1))
-        turned = len(turns) == evaluator.num_batches
+        turned = len(turns) == evaluator.num_batches()
         found.append({"evaluation": evaluation.to_json(), "turned": turned, "training": model.training})
     torch.distributed.destroy_process_group()
     return found
@@ -154,6 +154,18 @@ def batch_and_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module,
     return load_base(base, "float32").eval(), collate(rows, [2, 0, 2], pad_id=2), rows
 
 
+def _result(row_losses: list[float]) -> TaskResult:
+    return TaskResult(sum(row_losses) / 20, 20, len(row_losses), "accuracy", None, 0, tuple(row_losses))
+
+
+def test_paired_error_is_the_noise_of_the_change_and_not_of_the_rows() -> None:
+    before = _result([10.0, 2.0, 30.0, 4.0])
+    assert paired_error(before, _result([9.0, 1.0, 29.0, 3.0])) == 0.0  # all alike: certain
+    after = _result([9.0, 2.0, 28.0, 4.0])  # changes -1 0 -2 0, standard deviation sqrt(11 / 12)
+    assert paired_error(before, after) == pytest.approx(2 * (11 / 12) ** 0.5 / 20)
+    assert paired_error(_result([1.0]), _result([2.0])) == 0.0
+
+
 def test_token_losses_are_plain_cross_entropy(
     batch_and_rows: tuple[nn.Module, Batch, list[Encoded]],
 ) -> None:
@@ -184,7 +196,7 @@ def test_packed_rows_have_the_losses_of_separate_ones(
 def test_token_weights_of_the_three_normalisations() -> None:
     """Two samples with 40 target tokens in task 0, six with 3 in task 2; none of task 1."""
     tokens_T, samples_T = np.array([40.0, 0.0, 3.0]), np.array([2.0, 0.0, 6.0])
-    tokens = TokenLosses(torch.zeros(2), torch.tensor([0, 2]), torch.tensor([20, 1]))
+    tokens = TokenLosses(torch.zeros(2), torch.tensor([0, 2]), torch.tensor([20, 1]), torch.tensor([0, 1]))
 
     def seen(normalise: Normalise) -> list[float]:
         plain = TokenWeights.of(normalise, tokens_T, samples_T, torch.device("cpu"))

@@ -49,9 +49,28 @@ def test_bfloat16_packs() -> None:
     assert why_not_packed(tiny("llama", DECODER).bfloat16(), CPU) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("family", "settings"), [("bloom", BLOOM), ("mamba", MAMBA)])
-def test_models_without_positions_do_not(family: str, settings: dict) -> None:
-    assert why_not_packed(tiny(family, settings), CPU)
+def test_models_without_positions_do_not(family: str, settings: dict, dtype: torch.dtype) -> None:
+    assert "see each other" in str(why_not_packed(tiny(family, settings).to(dtype), CPU))
+
+
+def test_positions_that_run_on_are_found_out() -> None:
+    """Samples are kept apart, but each is told positions that go on from the one before."""
+    model = tiny("gpt2", GPT2).eval()
+    forward = model.forward
+
+    class RunsOn(nn.Module):
+        def forward(self, position_ids: torch.Tensor, **inputs: torch.Tensor) -> object:
+            starts = (position_ids == 0).cumsum(1) - 1
+            return forward(position_ids=position_ids + starts, **inputs)
+
+        get_input_embeddings = model.get_input_embeddings
+
+        def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
+            return model.parameters(recurse)
+
+    assert "not as they are alone" in str(why_not_packed(RunsOn(), CPU))
 
 
 def test_a_mask_that_ignores_positions_is_found_out() -> None:

@@ -26,13 +26,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def identity(
-    folder: Path, *overrides: str, tasks: Callable[[list[TaskData]], list[TaskData]] = list
+    folder: Path,
+    *overrides: str,
+    tasks: Callable[[list[TaskData]], list[TaskData]] = list,
+    samples: int = 48,
 ) -> RunIdentity:
     config = load_config(folder / "run.yaml", overrides)
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     loaded = tasks(load_tasks(config.data, config.evaluation.split, chat))
-    plan = build_plan(loaded, config.data, config.run.seed, 48)
+    plan = build_plan(loaded, config.data, config.run.seed, samples)
     return identify(config, base, resolve_adapters(config.adapters), loaded, plan)
 
 
@@ -88,6 +91,14 @@ def test_tasks_may_not_swap_places(folder: Path) -> None:
         DataError, match=r"^the tasks were last_word, even in the checkpoint, are even, last_word"
     ):
         swapped.check_resumes(identity(folder).to_json())
+
+
+@pytest.mark.parametrize("mix", ["data.mix.rule=unimax data.mix.epochs=1", "data.mix.max_repeats=1"])
+def test_a_longer_run_may_be_another_mixture(mix: str, folder: Path) -> None:
+    saved = identity(folder, *mix.split()).to_json()
+    rows = sum(saved["mixture"]["sizes"])
+    with pytest.raises(DataError, match=r"^the mixture is not the checkpoint's: .* unimax .*a cap binds"):
+        identity(folder, *mix.split(), samples=rows).check_resumes(saved)
 
 
 def test_samples_and_answers_must_fit_the_model(folder: Path) -> None:

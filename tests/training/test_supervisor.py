@@ -105,13 +105,19 @@ def _send_when_heard(signum: signal.Signals, before: object) -> None:
 
 
 def test_ranks_get_what_a_launcher_tells_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pools = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+    for pool in pools:
+        monkeypatch.delenv(pool, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     env = supervisor._environment(4, tmp_path)
-    named = {"WORLD_SIZE": "4", "LOCAL_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    named = {"WORLD_SIZE": "4", "LOCAL_SIZE": "4", "MASTER_ADDR": "127.0.0.1"} | dict.fromkeys(pools, "1")
     assert named.items() <= env.items()
     assert 1024 <= int(env["MASTER_PORT"]) < 65536
-    assert supervisor._environment(2, tmp_path)["OMP_NUM_THREADS"] == "3"
+    env = supervisor._environment(2, tmp_path)
+    assert [env[pool] for pool in pools] == ["3", "3"]
+    monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+    env = supervisor._environment(2, tmp_path)
+    assert [env[pool] for pool in pools] == ["3", "5"]
 
 
 def test_a_rank_whose_supervisor_is_gone_leaves_at_once() -> None:

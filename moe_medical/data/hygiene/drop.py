@@ -4,7 +4,7 @@ Decisions: only training rows are ever dropped. Among duplicates the first row s
 only if its target is the same too: the same question with another answer says something that the first does
 not. An overlap is judged by the text alone, as a test question that was trained on has leaked whatever its
 answer was; it counts evaluation rows of every task, because tasks share their sources. The answer depends on
-nothing but the rows, the templates and the settings, so it may be kept under `hygiene_key`.
+nothing but the rows, the templates, the settings and this code, so it may be kept under `hygiene_key`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from moe_medical.data.hygiene.compare import (
     leaking_rows,
 )
 from moe_medical.data.recipe import HygieneSettings, TaskSpec
-from moe_medical.data.store import content_key
+from moe_medical.data.store import code_key, content_key
 
 Rows = NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
-"""Counted up when the same rows and settings would give another answer."""
+_CODE = ("hygiene/compare", "hygiene/drop", "hygiene/minhash", "hygiene/own_text", "recipe")
+"""Modules that make the answer."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def hygiene_key(
     """
     tasks = [(spec.name, spec.prompt, spec.image) for spec in specs]
     keys = {task: dict(of) for task, of in content_keys.items()}
-    return content_key([_VERSION, keys, tasks, asdict(settings)])
+    return content_key([code_key(*_CODE), keys, tasks, asdict(settings)])
 
 
 def _drop(found: Comparison, task: str, settings: HygieneSettings, leaking: NDArray[np.bool_]) -> Drop:
