@@ -33,9 +33,12 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# data_pipeline.py and mixing.py read the task sets in $MOE_MEDICAL_DATA.
 benchmark: install
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/expert_parallel.py
+	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/render_pages.py
 
 clean:

@@ -16,7 +16,7 @@ from moe_medical import __version__
 from moe_medical.config import RunConfig, load_config
 from moe_medical.console import complain, setup_logging
 from moe_medical.errors import ConfigError, MoeMedicalError
-from moe_medical.training.supervisor import die_with_supervisor, may_tell_error
+from moe_medical.training.supervisor import die_with_supervisor, may_tell_error, share_cores
 
 _LOG = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def _train(options: argparse.Namespace) -> int:
     from moe_medical.training.run import train_and_report
 
     die_with_supervisor()
+    share_cores()
     options.overrides.append(f"parallel.ranks={launched_ranks()}")
     train_and_report(_config(options))
     return 0

@@ -28,8 +28,8 @@ _CLAIM = "MOE_MEDICAL_ERROR_CLAIM"
 """Variable that names a file; the rank that creates it tells the launch's error."""
 _SUPERVISOR = "MOE_MEDICAL_SUPERVISOR"
 """Variable that holds the supervisor's process id."""
-_THREAD_POOLS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-"""Of torch and of the tokenizers, which would else start a thread per core in every rank."""
+_TOKENIZER_THREADS = "RAYON_NUM_THREADS"
+"""Without this variable the tokenizers of every rank start a thread per core."""
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -79,6 +79,12 @@ def die_with_supervisor() -> None:
         os._exit(PeerLostError.exit_code)
 
 
+def share_cores() -> None:
+    """In a rank of any launcher, before it tokenises: its tokenizers take a rank's share of the cores."""
+    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # deepspeed, torchrun
+    os.environ.setdefault(_TOKENIZER_THREADS, _cores_each(int(local)))
+
+
 def _look_after(ranks: Sequence[subprocess.Popen[bytes]], tell: Callable[[str], None] = complain) -> int:
     def forward(signum: int, _frame: FrameType | None) -> None:
         # The ranks have sessions of their own: a terminal's Ctrl-C comes here only and is passed on once.
@@ -103,10 +109,13 @@ def _environment(num_ranks: int, folder: Path) -> dict[str, str]:
         _CLAIM: str(folder / "error"),
         _SUPERVISOR: str(os.getpid()),
     }
-    share = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    for pool in _THREAD_POOLS:
-        env.setdefault(pool, share)
+    for pool in ("OMP_NUM_THREADS", _TOKENIZER_THREADS):
+        env.setdefault(pool, _cores_each(num_ranks))
     return env
+
+
+def _cores_each(num_ranks: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // max(1, num_ranks)))
 
 
 def _start(rank: int, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:

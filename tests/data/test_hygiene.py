@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -14,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moe_medical
 from moe_medical.data.hygiene import (
     Comparison,
     compare,
@@ -23,6 +29,7 @@ from moe_medical.data.hygiene import (
     needs_comparison,
     rows_to_drop,
 )
+from moe_medical.data.hygiene.drop import CODE
 from moe_medical.data.hygiene.minhash import Bands, candidate_pairs, choose_bands
 from moe_medical.data.hygiene.own_text import OwnText, normalise, shingle_hashes
 from moe_medical.data.recipe import BuilderSource, HygieneSettings, TaskSpec
@@ -280,6 +287,29 @@ def test_the_key_follows_content_templates_and_settings() -> None:
         hygiene_key(keys, specs, replace(DROP_ALL, threshold=0.9)),
     ]
     assert len({first, *others}) == 6
+
+
+@pytest.mark.parametrize("edited", ["hygiene/own_text", "hygiene/minhash", "recipe"])
+def test_an_edit_of_the_code_changes_the_key(edited: str, tmp_path: Path) -> None:
+    package = Path(moe_medical.__file__).parent
+    shutil.copytree(package, tmp_path / "moe_medical", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "from moe_medical.data.hygiene import hygiene_key\n"
+        "from moe_medical.data.recipe import HygieneSettings\n"
+        "print(hygiene_key({}, [], HygieneSettings()))"
+    )
+    with (tmp_path / f"moe_medical/data/{edited}.py").open("a") as stream:
+        stream.write("# edited\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert re.fullmatch(rb"[0-9a-f]{32}\n", done.stdout)
+    assert done.stdout.decode().strip() != hygiene_key({}, [], HygieneSettings())
+
+
+def test_the_key_names_all_code_of_hygiene() -> None:
+    folder = Path(moe_medical.__file__).parent / "data/hygiene"
+    assert set(CODE) == {"recipe"} | {f"hygiene/{path.stem}" for path in folder.glob("[!_]*.py")}
 
 
 def test_hashes_are_the_same_on_every_machine() -> None:

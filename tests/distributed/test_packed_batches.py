@@ -44,7 +44,7 @@ def _train(run: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     expected, seen = torch.load(Path(run).with_name("reference.pt")), []
     for given in layouts:
         layout = Layout(**{"batching": "packed", **given})
-        trainer = start(layout, run, topology, ["training.micro_batch=2"])
+        trainer = start(layout, run, topology, ["training.micro_batch=1"])
         batches = [trainer.batches.step(number) for number in range(STEPS)]
         values = [step(trainer, number, batches[number]) for number in range(STEPS)]
         off = {

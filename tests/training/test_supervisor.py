@@ -120,6 +120,24 @@ def test_ranks_get_what_a_launcher_tells_them(monkeypatch: pytest.MonkeyPatch, t
     assert [env[pool] for pool in pools] == ["3", "5"]
 
 
+@pytest.mark.parametrize(
+    ("told", "threads"),
+    [
+        ({"LOCAL_SIZE": "2"}, "3"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "1"),
+        ({}, "6"),
+        ({"LOCAL_SIZE": "2", "RAYON_NUM_THREADS": "5"}, "5"),
+    ],
+)
+def test_ranks_of_other_launchers_share_the_cores(
+    told: dict[str, str], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(told))
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    supervisor.share_cores()
+    assert os.environ["RAYON_NUM_THREADS"] == threads
+
+
 def test_a_rank_whose_supervisor_is_gone_leaves_at_once() -> None:
     code = "from moe_medical.training.supervisor import die_with_supervisor as d; d(); print('alive')"
     env = os.environ | {"PYTHONPATH": str(Path(supervisor.__file__).parents[2])}

@@ -30,7 +30,7 @@ from moe_medical.data.store import code_key, content_key
 Rows = NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
-_CODE = ("hygiene/compare", "hygiene/drop", "hygiene/minhash", "hygiene/own_text", "recipe")
+CODE = ("hygiene/compare", "hygiene/drop", "hygiene/minhash", "hygiene/own_text", "recipe")
 """Modules that make the answer."""
 
 
@@ -91,7 +91,7 @@ def hygiene_key(
     """
     tasks = [(spec.name, spec.prompt, spec.image) for spec in specs]
     keys = {task: dict(of) for task, of in content_keys.items()}
-    return content_key([code_key(*_CODE), keys, tasks, asdict(settings)])
+    return content_key([code_key(*CODE), keys, tasks, asdict(settings)])
 
 
 def _drop(found: Comparison, task: str, settings: HygieneSettings, leaking: NDArray[np.bool_]) -> Drop:
