@@ -161,7 +161,7 @@ def _read_parquet(file: Path) -> Iterator[Raw]:
     try:
         with pq.ParquetFile(file) as table:
             number = 0
-            for batch in table.iter_batches(_PARQUET_ROWS):
+            for batch in table.iter_batches(_PARQUET_ROWS, use_threads=False):
                 for i in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(number, batch.slice(i, 1))

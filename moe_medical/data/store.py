@@ -34,6 +34,9 @@ from moe_medical.errors import StorageError
 
 _LOG = logging.getLogger(__name__)
 _KEPT_BATCHES = 1024
+# NOTE(pyarrow): a thread of its pools may abort the process as the interpreter ends (apache/arrow#34314), so
+# none is started: no threads, and the map is read as a buffer, not as a file.
+_READ, _WRITE = pa.ipc.IpcReadOptions(use_threads=False), pa.ipc.IpcWriteOptions(use_threads=False)
 
 Rows = NDArray[np.int64]
 
@@ -130,7 +133,7 @@ class BatchWriter:
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema) -> None:
         self._starts_file = folder / f"{name}.starts.npy"
-        self._writer = pa.ipc.new_file(folder / f"{name}.arrow", schema)
+        self._writer = pa.ipc.new_file(folder / f"{name}.arrow", schema, options=_WRITE)
         self._starts = [0]
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -151,7 +154,8 @@ class BatchFile:
 
     def __init__(self, folder: Path, name: str) -> None:
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(folder / f"{name}.arrow")))
+            mapped = pa.memory_map(str(folder / f"{name}.arrow")).read_buffer()
+            self._reader = pa.ipc.open_file(pa.BufferReader(mapped), options=_READ)
             self._starts: Rows = np.load(folder / f"{name}.starts.npy")
         except (OSError, EOFError, ValueError):  # ArrowInvalid is a ValueError
             raise damaged(folder) from None

@@ -90,12 +90,9 @@ def _train_balanced(run: str) -> list[list[float]]:
 
 
 def _by_micro_batch(rows: Sequence[Row]) -> list[Row]:
-    """A rank has half of the rows; the shorter half of these is its first micro-batch."""
-    grouped = []
-    for of_rank in (rows[:4], rows[4:]):
-        short_to_long = sorted(of_rank, key=lambda row: len(row.tokens))
-        grouped += [replace(row, group=i // 2) for i, row in enumerate(short_to_long)]
-    return grouped
+    """Rows as two ranks have them in two micro-batches each: the four longest at once, then the others."""
+    long_to_short = sorted(rows, key=lambda row: -len(row.tokens))
+    return [replace(row, group=i // 4) for i, row in enumerate(long_to_short)]
 
 
 def test_balance_may_be_taken_over_the_micro_batches_of_all_ranks(tmp_path: Path) -> None:
