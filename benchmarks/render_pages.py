@@ -165,10 +165,28 @@ def pipeline_wait(record: dict[str, Any]) -> str:
     )
 
 
+def mixing() -> str:
+    record = read("mixing")
+    figures = ("macro", "worst_quartile", "rare_quartile")
+    lines = ["| rule | macro loss | worst quartile | rare quartile | steps |", "|---|---|---|---|---|"]
+    for arm, of in record["summary"].items():
+        cells = [f"{of[figure]['mean']:.3f} ± {of[figure]['sd']:.3f}" for figure in figures]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {of['steps']['mean']:.0f} |")
+    told = [f"{figure.replace('_', ' ')}: {text}" for figure, text in record["winners"].items()]
+    settings, before = record["settings"], record["runs"][0]["before"]
+    setting = (
+        f"Nats per token, mean and standard deviation of {settings['seeds']} seeds, {settings['tokens']:,} "
+        f"tokens a run, from a macro loss of {before:.2f}; base: {record['base']}; "
+        f"{settings['loss_rows']} evaluation rows per task."
+    )
+    return "\n".join([*lines, "", f"Least: {'; '.join(told)}.", "", setting])
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "quickstart"): quickstart,
     ("docs/parallelism.md", "expert_parallel"): expert_parallel,
     ("docs/data.md", "data_pipeline"): data_pipeline,
+    ("docs/data.md", "mixing"): mixing,
 }
 
 
