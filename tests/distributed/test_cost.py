@@ -296,7 +296,7 @@ class Cell:
     evaluate: bool = False
 
     def overrides(self, folder: Path, ranks: int) -> list[str]:
-        common = [f"parallel.ranks={ranks}", f"training.micro_batch={8 // ranks}"]
+        common = [f"parallel.ranks={ranks}", f"training.micro_batch={8 // ranks}", "data.batching=grouped"]
         parallel = [f"parallel.ep_size={self.ep}", f"parallel.exchange={self.exchange}"]
         return [*common, f"parallel.deepspeed={self._written(folder)}", *parallel, *self.settings]
 
