@@ -162,6 +162,7 @@ def test_what_the_mixtures_hygiene_drops_is_not_trained_on(
     plain = _load(recipe, chat)[1]
     assert [len(plain.train), plain.train[0].id, plain.train[1].id] == [22, "copy", "leak"]
     _edit(recipe, hygiene={"duplicates": "drop", "overlap": "drop"})
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         cleaned = _load(recipe, chat)
         again = _load(recipe, chat)
