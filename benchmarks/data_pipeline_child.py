@@ -116,7 +116,7 @@ def training(base: str, recipe: str, steps: str, folder: str) -> dict[str, Any]:
 
     count, config = int(steps), RunConfig()
     config.run.dir, config.model.name, config.data.recipe = f"{folder}/run", base, recipe
-    config.data.max_length, config.data.token_cache = 256, "never"
+    config.data.max_length, config.data.cache = 256, "never"
     config.training.steps = 2 * count
     config.training.global_batch, config.training.micro_batch = 16, 4
     config.training.balance_over = "micro_batch"

@@ -148,7 +148,7 @@ class DataSection:
     """Background threads that read, tokenise and pack; 0 does it between the steps."""
     prefetch_steps: int = 4
     """Steps that are made ready ahead, at most."""
-    token_cache: TokenCache = "auto"
+    cache: TokenCache = "auto"
     """Keep a task's tokens on disk: `auto` where the ranks would otherwise make more of them as they go."""
     max_length: int = 512
     """Tokens of a sample at most; the prompt's middle is cut, never the target."""

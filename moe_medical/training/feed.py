@@ -42,7 +42,7 @@ class Feed:
         self.plan = build_plan(tasks, data, config.run.seed, training.steps * training.global_batch)
         samples = self.samples(training.steps)  # fails now, not after hours, if the caps cannot feed the run
         ranks = config.parallel.ranks
-        self.tasks = keep_tokens(tasks, samples.tolist(), data.token_cache, ranks)
+        self.tasks = keep_tokens(tasks, samples.tolist(), data.cache, ranks)
 
     def samples(self, steps: int) -> np.ndarray:
         """Samples of each task in the first `steps` steps, shape (tasks,)."""

@@ -36,7 +36,7 @@ _FREE = {
     "data.pack_length",
     "data.workers",
     "data.prefetch_steps",
-    "data.token_cache",
+    "data.cache",
 }
 _VERSION = 2
 _REMEDY = "Restore it or use a new run.name."

@@ -33,7 +33,7 @@ def preflight(config: RunConfig) -> None:
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     samples = config.training.steps * config.training.global_batch
     counts = build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
-    keep_tokens(tasks, counts.tolist(), config.data.token_cache, config.parallel.ranks)
+    keep_tokens(tasks, counts.tolist(), config.data.cache, config.parallel.ranks)
 
 
 def check_context(config: RunConfig, base: BaseModel) -> None:
