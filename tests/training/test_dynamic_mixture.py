@@ -13,7 +13,8 @@ from support.launches import adapter_bytes, rows
 from support.ranks import on_ranks
 from support.tiny import write_tiny_run
 
-RULES = ("regret", "odm", "doge")
+RULES = {"regret": "famo", "odm": "dwa", "doge": "uncertainty"}
+"""Each with task weights that follow the losses: their state has to come back as well."""
 STEPS, STOP = 44, 21
 """A decision is due every 4 steps; at step 21 one is waiting for its block."""
 MIX = {
@@ -40,7 +41,7 @@ class _StopsAt:
         return self._left < 0
 
 
-def _run_rules(run: str, rules: list[str]) -> dict[str, list[Any]]:
+def _run_rules(run: str, rules: dict[str, str]) -> dict[str, list[Any]]:
     """Each rule twice: at one go, and stopped and resumed; the changes of weights of each."""
     from moe_medical.config import load_config
     from moe_medical.distributed.topology import start_distributed, stop_distributed
@@ -51,7 +52,8 @@ def _run_rules(run: str, rules: list[str]) -> dict[str, list[Any]]:
 
     def trainer(rule: str, name: str, *more: str) -> Trainer:
         folder = Path(run).parent / f"{rule}-{name}"
-        overrides = [f"data.mix.dynamic.rule={rule}", f"run.dir={folder}", *more]
+        overrides = [f"data.mix.dynamic.rule={rule}", f"training.loss.task_weights={rules[rule]}"]
+        overrides += ["training.loss.window=5", f"run.dir={folder}", *more]
         return Trainer(load_config(run, overrides), topology)
 
     changes: dict[str, list[Any]] = {}
@@ -107,6 +109,14 @@ def test_a_resumed_run_is_the_undisturbed_one(run: Path, changes: list, rule: st
     assert changes
     assert rows(resumed) == rows(whole)
     assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_task_weights_move(run: Path, changes: list, rule: str) -> None:
+    assert changes
+    last = rows(run.parent / f"{rule}-whole")[-2]
+    assert abs(last["loss_weight/even"] - 1) > 1e-4
+    assert last["loss_weight/even"] + last["loss_weight/last_word"] == pytest.approx(2)
 
 
 def test_decisions_are_told(run: Path, changes: list) -> None:
