@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import DECODER, GPT2
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,21 +24,6 @@ from moe_medical.adapters.model import (
 )
 from moe_medical.config.presets import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
-
-DECODER = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
 
 SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
