@@ -33,9 +33,12 @@ NAMESPACES = {
     "eval_score": "max",
     "eval": "last",
     "mix": "last",
+    "mix_next": "last",
     "repeats": "last",
+    "loss_weight": "last",
     "health": "last",
     "router": "last",
+    "router_loss": "last",
 }
 """First part of a metric's name -> what the W&B summary keeps of it."""
 
