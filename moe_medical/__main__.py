@@ -1,8 +1,6 @@
 """`python -m moe_medical` and `deepspeed --module moe_medical`: the same verbs as the command."""
 
-import sys
-
-from moe_medical.cli import main
+from moe_medical.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from moe_medical import __version__
 from moe_medical.config import RunConfig, load_config
@@ -19,6 +20,16 @@ from moe_medical.errors import ConfigError, MoeMedicalError
 from moe_medical.training.supervisor import die_with_supervisor, may_tell_error, share_cores
 
 _LOG = logging.getLogger(__name__)
+
+
+def run() -> NoReturn:
+    """The command `moe-medical`: one verb, then out."""
+    code = main()
+    if "torch.distributed" in sys.modules:  # this may have been a rank
+        from moe_medical.distributed.topology import end_rank
+
+        end_rank(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

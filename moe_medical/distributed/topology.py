@@ -7,11 +7,14 @@ OMP_NUM_THREADS says otherwise.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -103,6 +106,18 @@ def stop_distributed() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_rank(code: int) -> NoReturn:
+    """End the process of a rank with an exit code, without the interpreter's own teardown.
+
+    gloo's threads give back Python's tensors, and one that does so during the teardown aborts the process.
+    Its groups cannot be relied on to be gone by then: parameters that DeepSpeed has marked keep them.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launched_ranks() -> int:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from moe_medical.distributed.topology import end_rank
+
 
 def main() -> None:
     file, function, folder = sys.argv[1:]
@@ -22,3 +24,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank(0)
