@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from moe_medical import __version__
 from moe_medical.config import RunConfig, load_config
-from moe_medical.console import complain, setup_logging
+from moe_medical.console import complain, setup_logging, show
 from moe_medical.errors import ConfigError, MoeMedicalError
 from moe_medical.training.supervisor import die_with_supervisor, may_tell_error, share_cores
 
@@ -84,7 +84,42 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument("--batch-rows", type=_positive, default=16)
     generate.set_defaults(verb=_generate)
+    _add_result_verbs(verbs)
     return parser
+
+
+def _add_result_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
+    what = "loss and scores of every task of a run file, with an adapter or for the base model alone"
+    evaluate = _add_run_verb(verbs, "eval", _eval, what)
+    evaluate.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter; the base model without it")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    evaluate.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="write the answers; needs privacy.allow_text=true"
+    )
+    what = "train the control arms of a run: each task alone, and all tasks with one plain LoRA"
+    baseline = _add_run_verb(verbs, "baseline", _baseline, what)
+    baseline.add_argument("--arm", choices=("all", "single", "multi"), default="all")
+    baseline.add_argument("--steps", type=_positive, help="of each single-task run; its share of the run's")
+    baseline.add_argument("--out", type=Path, metavar="FILE", help="the reference file")
+    report = verbs.add_parser("report", help="one self-contained HTML file about one run or several")
+    report.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+")
+    report.add_argument("--out", type=Path, metavar="FILE", help="RUN_DIR/report.html where not given")
+    report.add_argument("--png", type=Path, metavar="FOLDER", help="also write each chart there")
+    report.set_defaults(verb=_report)
+    _add_dashboard_verbs(verbs)
+
+
+def _add_dashboard_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
+    dashboard = verbs.add_parser("dashboard", help="the W&B workspace of a run's series")
+    actions = dashboard.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    dump = actions.add_parser("dump", help="write the workspace as JSON; needs no network")
+    push = actions.add_parser("push", help="save the workspace on the W&B server")
+    for action, verb in ((dump, _dashboard_dump), (push, _dashboard_push)):
+        action.add_argument("run", metavar="RUN_DIR", type=Path)
+        action.set_defaults(verb=verb)
+    dump.add_argument("--out", type=Path, metavar="FILE", help="standard output without it")
+    push.add_argument("--entity", help="W&B team or user; the run's where not given")
+    push.add_argument("--project", help="W&B project; the run's where not given")
 
 
 def _add_run_verb(verbs, name: str, verb, description: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
@@ -182,4 +217,44 @@ def _generate(options: argparse.Namespace) -> int:
     from moe_medical.training.answering import answer_prompts
 
     answer_prompts(options.adapter, options.prompts, options.base, options.max_new_tokens, options.batch_rows)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from moe_medical.training.evaluating import evaluate_run
+
+    arguments = ["eval", str(options.run), *options.overrides]
+    for name in ("adapter", "json", "predictions"):
+        if value := getattr(options, name):
+            arguments += [f"--{name}", str(value)]
+    return evaluate_run(_config(options), options.adapter, options.json, options.predictions, arguments)
+
+
+def _baseline(options: argparse.Namespace) -> int:
+    from moe_medical.training.baseline import train_baselines
+
+    train_baselines(options.run, options.overrides, options.arm, options.steps, options.out)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from moe_medical.tracking.report import write_report
+
+    show(str(write_report(options.runs, options.out, options.png)))
+    return 0
+
+
+def _dashboard_dump(options: argparse.Namespace) -> int:
+    from moe_medical.tracking.dashboard import dump_dashboard
+
+    text = dump_dashboard(options.run, options.out)
+    if options.out is None:
+        show(text)
+    return 0
+
+
+def _dashboard_push(options: argparse.Namespace) -> int:
+    from moe_medical.tracking.dashboard import push_dashboard
+
+    show(push_dashboard(options.run, options.entity, options.project))
     return 0

@@ -166,6 +166,9 @@ def _anchor_paths(config: RunConfig, base: Path) -> None:
     for section, key in _PATH_KEYS:
         holder = getattr(config, section)
         setattr(holder, key, str((base / getattr(holder, key)).resolve()))
+    seesaw = config.tracking.seesaw
+    if seesaw.reference:
+        seesaw.reference = str((base / seesaw.reference).resolve())
     local = base / config.model.name
     if config.model.name.startswith((".", "/")) or local.is_dir():
         config.model.name = str(local.resolve())

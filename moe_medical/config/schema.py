@@ -21,6 +21,9 @@ Batching = Literal["packed", "grouped", "padded"]
 TokenCache = Literal["auto", "always", "never"]
 Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
 TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
+Router = Literal["token", "task"]
+Choices = Literal["generated", "likelihood"]
+GuardAction = Literal["none", "reweight", "freeze", "stop"]
 Surgery = Literal["none", "pcgrad", "upgrad", "imtl_g", "mgda", "aligned_mtl", "cagrad", "nash_mtl"]
 
 MAX_PREFETCH_STEPS = 8
@@ -54,9 +57,11 @@ class AdaptersSection:
     """Which linear layers get low-rank experts, and how they are routed. None takes the preset's value."""
 
     preset: str = "ming_moe"
+    router: Optional[Router] = None
+    """`token`: each token chooses its experts; `task`: each task has its own weights of them."""
     num_experts: Optional[int] = None
     top_k: Optional[int] = None
-    """Experts that each token uses; the gate is a softmax over their logits."""
+    """Experts that each token, or task, uses; the gate is a softmax over their logits."""
     rank: Optional[int] = None
     alpha: Optional[float] = None
     """Scaling of the delta is alpha / rank."""
@@ -178,6 +183,18 @@ class LossSection:
 
 
 @dataclass
+class GuardSection:
+    """What happens to a task that overfits: beyond its first epoch its evaluation loss has left its best by
+    more than noise, `patience` evaluations in a row, while its training loss falls."""
+
+    action: GuardAction = "none"
+    """`reweight` multiplies its loss by `factor`, `freeze` takes it out of the mixture, `stop` ends the run
+    with a checkpoint."""
+    patience: int = 2
+    factor: float = 0.5
+
+
+@dataclass
 class TrainingSection:
     """Length, batch and optimiser."""
 
@@ -199,6 +216,7 @@ class TrainingSection:
     """Tokens that the load-balance loss counts. `global_batch` costs a second forward pass when there are
     accumulation steps; `micro_batch` counts those that all ranks have at once."""
     loss: LossSection = field(default_factory=LossSection)
+    guard: GuardSection = field(default_factory=GuardSection)
     activation_checkpointing: Checkpointing = "none"
     """Keep only each block's input and compute the rest again in backward."""
     compile: bool = False
@@ -237,9 +255,13 @@ class EvaluationSection:
     score_rows: int = 16
     """Rows per task that are generated and scored; 0 turns scores off."""
     max_new_tokens: int = 32
+    choices: Choices = "generated"
+    """How a row with listed options is answered: by generated text, or by its likeliest option."""
+    resamples: int = 1000
+    """Bootstrap resamples of the rows behind the 95 % interval of each score; 0 gives none."""
     batch_rows: int = 16
     """Rows per forward pass of one rank."""
-    every_steps: int = 0
+    every_steps: int = 200
     """Evaluate each time so many steps are done; 0 means only before and after."""
 
 
@@ -263,12 +285,47 @@ class WandbSection:
     project: str = "moe-medical"
     entity: Optional[str] = None
     mode: Literal["auto", "online", "offline"] = "auto"
+    group: Optional[str] = None
+    """Runs of one group are shown together; null takes run.name."""
+    tags: list[str] = field(default_factory=list)
+    alerts: bool = True
+    """Tell of collapsed routers, regressed tasks and decisions."""
+
+
+@dataclass
+class SeesawSection:
+    """What counts as one task paying for another."""
+
+    gate: float = 0.002
+    """Least change of a task's loss, relative to it, that counts; twice its paired standard error must be
+    passed as well."""
+    window: int = 10
+    """Evaluations over which gains and regressions add up."""
+    worst: float = 0.25
+    """Share of the tasks behind the mean of the worst."""
+    reference: Optional[str] = None
+    """File that `moe-medical baseline` has written, relative to the run file: single-task losses."""
 
 
 @dataclass
 class TrackingSection:
     log_every_steps: int = 1
+    seesaw: SeesawSection = field(default_factory=SeesawSection)
+    conflict_every_steps: int = 500
+    """Steps between two looks at the angles between the tasks' gradients; 0 never looks."""
+    conflict_rows: int = 4
+    """Training rows of each task whose gradient is looked at."""
+    routing_every_steps: int = 50
+    """Steps between two counts of which task uses which expert; 0 never counts."""
+    sinks: list[str] = field(default_factory=list)
+    """Besides metrics.jsonl and W&B: `tensorboard`, `trackio`."""
     wandb: WandbSection = field(default_factory=WandbSection)
+
+
+@dataclass
+class PrivacySection:
+    allow_text: bool = False
+    """Whether prompts, answers and targets of records may be written, by `moe-medical eval --predictions`."""
 
 
 @dataclass
@@ -284,3 +341,4 @@ class RunConfig:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
+    privacy: PrivacySection = field(default_factory=PrivacySection)

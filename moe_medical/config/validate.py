@@ -12,6 +12,7 @@ from moe_medical.config.schema import RunConfig
 from moe_medical.config.validate_data import loader_problems, mix_problems
 from moe_medical.config.validate_loss import loss_problems
 from moe_medical.config.validate_parallel import deepspeed_problems, expert_parallel_problems
+from moe_medical.config.validate_tracking import tracking_problems
 from moe_medical.errors import Problem
 
 _AT_LEAST_ONE = (
@@ -33,6 +34,7 @@ _NOT_NEGATIVE = (
     "training.clip_norm",
     "evaluation.score_rows",
     "evaluation.every_steps",
+    "evaluation.resamples",
     "checkpoint.every_steps",
 )
 _POSITIVE = ("training.learning_rate", "training.epsilon", "data.mix.temperature")
@@ -46,6 +48,7 @@ def validate(config: RunConfig) -> list[Problem]:
         *_batches(config),
         *data,
         *loss_problems(config),
+        *tracking_problems(config),
         *_files(config),
         *_adapters(config),
     ]

@@ -30,6 +30,7 @@ _FREE = {
     "training.activation_checkpointing",
     "training.compile",
     "evaluation.batch_rows",
+    "evaluation.resamples",
     "evaluation.every_steps",
     "data.recipe",
     "data.batching",

@@ -11,7 +11,6 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -19,24 +18,14 @@ from moe_medical.config import RunConfig, save_config
 from moe_medical.data.sources import BadRecord
 from moe_medical.errors import StorageError
 from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.tracking.run_paths import RunPaths
 
 _LOG = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Paths below run.dir."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
+class RunFolder(RunPaths):
+    """A run's folder, as the run itself uses it."""
 
     @property
     def checkpoints(self) -> Path:
@@ -45,10 +34,6 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.root / "adapter"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results.json"
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -98,20 +83,18 @@ class RunFolder:
     def set_aside(self) -> Path:
         return self.root / "set_aside.txt"
 
-    def evaluation(self, step: int) -> Path:
-        return self.root / "evaluations" / f"step-{step:08d}.json"
-
     def read_evaluation(self, step: int) -> Evaluation | None:
         """The evaluation after `step` steps, or None where there is no readable one."""
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             return Evaluation.from_json(json.loads(self.evaluation(step).read_text()))
         return None
 
-    def forget_evaluations(self, after: int) -> None:
-        """Steps later than `after` will be done again, so their evaluations will be too."""
-        for path in self.evaluation(0).parent.glob("step-*.json"):
-            if path.name > self.evaluation(after).name:
-                path.unlink()
+    def forget_after(self, step: int) -> None:
+        """Steps later than `step` will be done again, so what was seen at them will be too."""
+        for of_step in (self.evaluation, self.conflict, self.routing):
+            for path in self.of_each_step(of_step(0)):
+                if path.name > of_step(step).name:
+                    path.unlink()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         write_json(self.evaluation(evaluation.step), evaluation.to_json())

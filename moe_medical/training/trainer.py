@@ -134,7 +134,7 @@ class Trainer:
 
     def _write_from(self, first: int) -> None:
         last = first or -1  # a fresh start keeps nothing, not even step 0
-        self.folder.forget_evaluations(last)
+        self.folder.forget_after(last)
         self._announce(first)
         self.folder.create(self.config)
         self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
