@@ -26,7 +26,7 @@ from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal,
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT, FORMAT_VERSION = "moe_medical.adapter", 1
+FORMAT, FORMAT_VERSION = "moe_medical.adapter", 2
 REQUIRED_META = ("base_model", "base_revision", "tasks", "label_sets")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
@@ -159,13 +159,15 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
     if header.get("format") != FORMAT:
         problem = Problem("format", f"must be {FORMAT!r}", header.get("format"), "Name a folder saved by us.")
         raise ConfigError(str(path), [problem])
-    if header.get("format_version") != FORMAT_VERSION:
+    if header.get("format_version") not in (1, FORMAT_VERSION):
         found = header.get("format_version")
         problem = Problem(
             "format_version", f"must be {FORMAT_VERSION}", found, "Install a newer moe_medical."
         )
         raise ConfigError(str(path), [problem])
     config, meta = _object(header.get("config")), _object(header.get("meta"))
+    if header["format_version"] == 1:  # it had token routers only
+        config = {"router": "token", "num_tasks": 0} | config
     problems = _key_problems("", header, {"format", "format_version", "config", "meta"})
     problems += _config_problems(config) + _meta_problems(meta)
     if problems:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
 from moe_medical.adapters.experts import add_low_rank, dense_gate
 from moe_medical.adapters.losses import router_loss_tap
-from moe_medical.adapters.routing import Routing, RoutingContext, TokenRouter
+from moe_medical.adapters.routing import Routing, RoutingContext, new_router
 from moe_medical.config.presets import MoloraConfig
 
 
@@ -144,9 +144,7 @@ class MoloraLinear(AdaptedLinear):
         all_A = self._uniform(generator, config.num_experts, config.rank, self.in_features)
         self.lora_A = nn.Parameter(all_A[own].clone())  # cut from the whole: the same on whatever rank
         self.lora_B = self._zeros(own.stop - own.start, self.out_features, config.rank)
-        self.router = TokenRouter(self.in_features, config.num_experts, config.top_k).to(self._device)
-        for parameter in (self.router.weight, self.router.bias):
-            parameter.data.copy_(self._uniform(generator, *parameter.shape))
+        self.router = new_router(config, self.in_features, generator).to(self._device)
         self.num_experts = config.num_experts
         self.context = context or RoutingContext()
         self.weight_exchange: WeightExchange | None = None
@@ -176,7 +174,8 @@ class MoloraLinear(AdaptedLinear):
 
     def route(self, x_TD: Tensor) -> Routing:
         """Choose each token's experts, and record it."""
-        routing: Routing = self.router(x_TD, router_loss_tap(self.context, self.name))
+        tap = router_loss_tap(self.context, self.name)
+        routing: Routing = self.router(x_TD, self.context.task_ids_of(len(x_TD)), tap)
         self.context.record(self.name, routing)
         return routing
 

@@ -1,4 +1,4 @@
-"""From a token to its experts and their weights, and the one object that carries a batch's side inputs.
+"""From a token, or its task, to experts and their weights; the object that carries a batch's side inputs.
 
 Decisions: the router computes in float32 whatever the base model's dtype; top-k is taken on the logits and
 the gate is a softmax over those k, which equals the softmax over all experts renormalised on the chosen
@@ -8,6 +8,7 @@ No noise, no capacity limit, no token is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from moe_medical.config.presets import TASK_FEATURES, MoloraConfig
 
 
 class Routing(NamedTuple):
@@ -39,7 +42,30 @@ class RouterGradient(NamedTuple):
     z_weight: float
 
 
-class TokenRouter(nn.Module):
+class Router(nn.Module):
+    """Anything that gives each token its experts."""
+
+    def forward(
+        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
+    ) -> Routing:
+        """Route each token; all four tensors of the result are float32 or int64.
+
+        Args:
+            x_TD: Inputs, any float dtype.
+            task_ids_T: Task of each token, where they are known.
+            tap: Applied to the logits before the choice; the router losses enter backward through it.
+        """
+        raise NotImplementedError
+
+
+def new_router(config: MoloraConfig, in_features: int, generator: torch.Generator) -> Router:
+    """The router of one layer, its first values drawn from `generator`."""
+    if config.router == "task":
+        return TaskRouter(config.num_tasks, config.num_experts, config.top_k, generator)
+    return TokenRouter(in_features, config.num_experts, config.top_k, generator)
+
+
+class TokenRouter(Router):
     """Linear router: z = W x + b, S = top-k(z), g_i = exp(z_i) / sum_{j in S} exp(z_j).
 
     With `top_k` 1 the gate is always 1, so that only the balance loss trains the router.
@@ -48,25 +74,67 @@ class TokenRouter(nn.Module):
         in_features: D.
         num_experts: E.
         top_k: K, at most E.
+        generator: Of the first values, torch's default for a linear layer.
     """
 
-    def __init__(self, in_features: int, num_experts: int, top_k: int):
+    def __init__(
+        self, in_features: int, num_experts: int, top_k: int, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.top_k, bound = top_k, 1 / math.sqrt(in_features)
+        self.weight = _uniform(bound, generator, num_experts, in_features)
+        self.bias = _uniform(bound, generator, num_experts)
+
+    def forward(
+        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
+    ) -> Routing:
+        """Route each token by itself."""
+        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)
+        return _choose(logits_TE, self.top_k, tap)
+
+
+class TaskRouter(Router):
+    """Task gate of MOELoRA (arXiv 2310.18339), one for each layer: g = softmax(W e_j), e_j of task j.
+
+    With `top_k` below E the gate is a softmax over the k largest. A token whose task is not known gets the
+    mean of the tasks' logits.
+
+    Args:
+        num_tasks: J.
+        num_experts: E.
+        top_k: K, at most E; E is the paper's dense gate.
+        generator: Of the first values: e ~ N(0, 1), W uniform.
+    """
+
+    def __init__(
+        self, num_tasks: int, num_experts: int, top_k: int, generator: torch.Generator | None = None
+    ):
         super().__init__()
         self.top_k = top_k
-        self.weight = nn.Parameter(torch.zeros(num_experts, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
+        self.embedding = nn.Parameter(torch.randn(num_tasks, TASK_FEATURES, generator=generator))
+        self.weight = _uniform(1 / math.sqrt(TASK_FEATURES), generator, num_experts, TASK_FEATURES)
 
-    def forward(self, x_TD: Tensor, tap: Callable[[Tensor], Tensor] | None = None) -> Routing:
-        """Route each token; all four tensors of the result are float32 or int64.
+    def forward(
+        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
+    ) -> Routing:
+        """Route each token by its task."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_JE = self.embedding.float() @ self.weight.float().t()
+            if task_ids_T is None:
+                logits_TE = logits_JE.mean(0, keepdim=True).expand(len(x_TD), -1)
+            else:
+                logits_TE = logits_JE[task_ids_T]
+        return _choose(logits_TE, self.top_k, tap)
 
-        Args:
-            x_TD: Inputs, any float dtype.
-            tap: Applied to the logits before the choice; the router losses enter backward through it.
-        """
-        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)
-        logits_TE = logits_TE if tap is None else tap(logits_TE)
-        top_logits_TK, expert_ids_TK = logits_TE.topk(self.top_k, dim=-1)
-        return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
+
+def _uniform(bound: float, generator: torch.Generator | None, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+
+def _choose(logits_TE: Tensor, top_k: int, tap: Callable[[Tensor], Tensor] | None) -> Routing:
+    logits_TE = logits_TE if tap is None else tap(logits_TE)
+    top_logits_TK, expert_ids_TK = logits_TE.topk(top_k, dim=-1)
+    return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -129,6 +197,27 @@ class RoutingContext:
         finally:
             self.token_mask_BS = self.task_ids_BS = self.binding = None
             self.routings, self.router_gradients, self.pass_name = {}, {}, ""
+
+    @contextmanager
+    def bind_tasks(self, task_ids_B: Tensor) -> Iterator[RoutingContext]:
+        """Bind the tasks of the rows alone, for any number of positions; nothing is recorded.
+
+        For evaluation and generation, where a row is one sample and the cache leaves one position of it.
+        """
+        if self.token_mask_BS is not None:
+            raise RuntimeError("a batch is bound already: one context serves one batch at a time")
+        self.task_ids_BS = task_ids_B[:, None]
+        try:
+            yield self
+        finally:
+            self.task_ids_BS = None
+
+    def task_ids_of(self, num_tokens: int) -> Tensor | None:
+        """Task of each of a layer's tokens, None where no tasks are bound."""
+        if self.task_ids_BS is None:
+            return None
+        positions = num_tokens // len(self.task_ids_BS)
+        return self.task_ids_BS.expand(-1, positions).reshape(-1)
 
     @property
     def token_mask_T(self) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 from moe_medical.config.schema import AdaptersSection
 
+TASK_FEATURES = 64
+"""Numbers that a task router knows a task by (MOELoRA, arXiv 2310.18339)."""
 FFN = r".*\.(mlp|feed_forward|ffn)\.\w+"
 ATTENTION = r".*\.(self_attn|attn|attention|self_attention)\.\w+"
 
@@ -20,6 +22,10 @@ class MoloraConfig:
     """Adapter settings with every field decided. Saved with each adapter and checkpoint."""
 
     preset: str = "ming_moe"
+    router: str = "token"
+    """`token` or `task`."""
+    num_tasks: int = 0
+    """Tasks that a task router tells apart; 0 under token routing."""
     num_experts: int = 8
     top_k: int = 2
     rank: int = 16
@@ -29,6 +35,12 @@ class MoloraConfig:
     lora: tuple[str, ...] = (ATTENTION,)
     balance_coefficient: float = 0.0
     z_coefficient: float = 0.0
+
+    def router_sizes(self, in_features: int) -> tuple[int, int]:
+        """Numbers in each parameter of a layer's router: weight and bias, or task embedding and weight."""
+        if self.router == "task":
+            return self.num_tasks * TASK_FEATURES, self.num_experts * TASK_FEATURES
+        return self.num_experts * in_features, self.num_experts
 
     @property
     def scaling(self) -> float:
@@ -41,10 +53,16 @@ PRESETS: dict[str, MoloraConfig] = {
 }
 
 
-def resolve_adapters(section: AdaptersSection) -> MoloraConfig:
-    """The preset with the section's own values on top."""
+def resolve_adapters(section: AdaptersSection, num_tasks: int = 0) -> MoloraConfig:
+    """The preset with the section's own values on top.
+
+    Args:
+        section: Of the run file.
+        num_tasks: Of the mixture, which a task router needs.
+    """
     given: dict[str, Any] = {}
     for key, value in ((f.name, getattr(section, f.name)) for f in fields(section)):
         if value is not None:
             given[key] = tuple(value) if isinstance(value, list) else value
-    return replace(PRESETS[section.preset], **given)
+    resolved = replace(PRESETS[section.preset], **given)
+    return replace(resolved, num_tasks=num_tasks) if resolved.router == "task" else resolved

@@ -153,8 +153,8 @@ class AdaptedModel:
         return self.adapters.rank * (shape.in_features + shape.out_features)
 
     def router(self, name: str) -> int:
-        """Parameters of a layer's router with its bias."""
-        return self.adapters.num_experts * (self.base.linears[name].in_features + 1)
+        """Parameters of a layer's router."""
+        return sum(self.adapters.router_sizes(self.base.linears[name].in_features))
 
     def layer_parameters(self, name: str) -> int:
         """Trainable parameters of an adapted layer, all experts counted."""

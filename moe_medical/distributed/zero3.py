@@ -162,5 +162,5 @@ def _linear(model: AdaptedModel, layout: Layout, workload: Workload, name: str) 
     weight = _Parameter("base", shape.in_features * shape.out_features, workload.itemsize)
     yield _Module(f"{name}.base", block, (weight,), name not in model.front or workload.input_needs_grad)
     if kind == "molora":
-        sizes = (experts * shape.in_features, experts)
+        sizes = model.adapters.router_sizes(shape.in_features)
         yield _Module(f"{name}.router", block, tuple(_Parameter("shared", n, FLOAT32) for n in sizes))

@@ -79,9 +79,8 @@ def make_plan(config: RunConfig, machines: Machines | None = None, shape: str | 
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
-    model = AdaptedModel.of(
-        known_shape(shape) if shape else shape_of(base), resolve_adapters(config.adapters)
-    )
+    adapters = resolve_adapters(config.adapters, len(tasks))
+    model = AdaptedModel.of(known_shape(shape) if shape else shape_of(base), adapters)
     sizes = [task_sizes(task, chat) for task in tasks]
     planned = _plan_tasks(config, tasks, sizes)
     sample = mixture_sizes(sizes, [task.samples for task in planned])

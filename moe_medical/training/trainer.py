@@ -72,7 +72,7 @@ class Trainer:
         check_context(config, self.base)
         self.feed = Feed(config, self.base)
         self.tasks = self.feed.tasks
-        self.adapters = resolve_adapters(config.adapters)
+        self.adapters = resolve_adapters(config.adapters, len(self.tasks))
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
         self.engine, self.context = assemble(
             config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)

@@ -127,8 +127,8 @@ def test_damaged_files_are_data_errors(folder: Path):
 
 
 def test_unknown_version_and_foreign_documents_are_refused(folder: Path):
-    edit(folder, lambda d: d.update(format_version=2))
-    with pytest.raises(ConfigError, match="format_version must be 1, got 2"):
+    edit(folder, lambda d: d.update(format_version=3))
+    with pytest.raises(ConfigError, match="format_version must be 2, got 3"):
         load_adapter(folder)
     (folder / CONFIG_FILE).write_text('{"peft_type": "LORA"}')
     with pytest.raises(ConfigError, match=r"format must be 'moe_medical.adapter'"):
