@@ -18,41 +18,24 @@ import json
 import logging
 import os
 import platform
-import random
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_model import RECIPE, ROOT, BaseSize, mix_overrides, tokens_per_step, write_base
 
-from moe_medical.base_model import locate_base
 from moe_medical.config import load_config
-from moe_medical.config.schema import RunConfig
-from moe_medical.data.recipe import load_recipe
-from moe_medical.data.sources import load_split
-from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.topology import start_distributed, stop_distributed
-from moe_medical.training.feed import Feed
 from moe_medical.training.trainer import Trainer
 
 LOG = logging.getLogger("mixing")
-ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mixing.json"
-RECIPE = ROOT / "data_recipes" / "public_text.yaml"
-END_ID = 1
-"""Of <|im_end|>."""
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 BLOCK = 64
 
 STATIC: dict[str, dict[str, Any]] = {
@@ -72,10 +55,7 @@ class Size:
     """Of each run."""
     seeds: int
     loss_rows: int
-    pretraining_steps: int
-    layers: int = 4
-    hidden: int = 192
-    vocabulary: int = 8192
+    base: BaseSize
     max_length: int = 384
     global_batch: int = 16
 
@@ -91,7 +71,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    size = Size(options.tokens, options.seeds, options.loss_rows, options.pretraining_steps)
+    size = Size(options.tokens, options.seeds, options.loss_rows, BaseSize(options.pretraining_steps))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as scratch:
         record = measure(Path(scratch), size, options.arms)
@@ -100,7 +80,7 @@ def main() -> None:
 
 def measure(scratch: Path, size: Size, arms: list[str]) -> dict[str, Any]:
     """Every arm with every seed, seeds outermost, so that a drift of the machine meets all arms."""
-    model = write_base(scratch / "base", size)
+    model = write_base(scratch / "base", size.base)
     run = write_run(scratch, model, size)
     topology = start_distributed(load_config(run).parallel)
     runs = [
@@ -110,77 +90,14 @@ def measure(scratch: Path, size: Size, arms: list[str]) -> dict[str, Any]:
     ]
     stop_distributed()
     return {
-        "base": f"Llama of {size.layers} layers and hidden {size.hidden}, trained on the prompts alone",
-        "settings": {**size.__dict__, "block": BLOCK, "arms": {arm: ARMS[arm] for arm in arms}},
+        "base": size.base.title,
+        "settings": {**asdict(size), "block": BLOCK, "arms": {arm: ARMS[arm] for arm in arms}},
         "summary": summarise(runs, arms),
         "winners": winners(runs, arms),
         "runs": runs,
         "machine": {"cores": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform()},
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
     }
-
-
-def write_base(folder: Path, size: Size) -> Path:
-    """A byte-level tokenizer and a small Llama, both trained on training prompts and on no target."""
-    specs = load_recipe(RECIPE)
-    texts = [e.prompt for spec in specs for e in load_split(spec, "train", 0.01).examples]
-    random.Random(0).shuffle(texts)
-    tokenizer = train_tokenizer(texts, size.vocabulary)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size.vocabulary,
-            hidden_size=size.hidden,
-            intermediate_size=3 * size.hidden,
-            num_hidden_layers=size.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            eos_token_id=END_ID,
-            pad_token_id=END_ID,
-        )
-    )
-    pretrain(model, tokenizer, texts, size)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts[:30_000], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.chat_template = CHATML
-    return fast
-
-
-def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], size: Size
-) -> None:
-    """Next-token prediction, every parameter, cosine learning rate; logs the loss."""
-    stream = [i for text in texts for i in [*tokenizer.encode(text), END_ID]]
-    width, rows, steps = 256, 8, size.pretraining_steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        first = step * width * rows % (len(stream) - width * rows)
-        ids = torch.tensor(stream[first : first + width * rows]).view(rows, width)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step + 1 == steps:
-            LOG.info("pretraining step %d of %d: loss %.3f", step, steps, float(loss.detach()))
 
 
 def write_run(scratch: Path, model: Path, size: Size) -> Path:
@@ -244,26 +161,6 @@ def train(run: Path, arm: str, seed: int, size: Size, topology: Any) -> dict[str
         "samples": samples,
         "losses": losses,
     }
-
-
-def mix_overrides(mix: dict[str, Any], prefix: str = "data.mix") -> list[str]:
-    """The keys of a mix section as `key=value`."""
-    overrides: list[str] = []
-    for key, value in mix.items():
-        if isinstance(value, dict):
-            overrides += mix_overrides(value, f"{prefix}.{key}")
-        else:
-            overrides.append(f"{prefix}.{key}={'null' if value is None else value}")
-    return overrides
-
-
-def tokens_per_step(config: RunConfig) -> float:
-    """Mean tokens of a step under the arm's static shares."""
-    feed = Feed(config, locate_base(config.model))
-    samples = feed.samples(config.training.steps)
-    tasks = keep_tokens(feed.tasks, samples.tolist(), "always", ranks=1)
-    tokens = sum(n * task.tokens.mean_length for n, task in zip(samples.tolist(), tasks, strict=True))
-    return float(config.training.global_batch * tokens / samples.sum())
 
 
 def summarise(runs: list[dict[str, Any]], arms: list[str]) -> dict[str, Any]:

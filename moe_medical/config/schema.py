@@ -143,6 +143,8 @@ class DataSection:
     recipe: str = "???"
     """Mixture YAML, relative to the run file."""
     tasks: dict[str, TaskOverride] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)
+    """Tasks of the recipe that are trained and evaluated; empty takes all. `hygiene` still looks at all."""
     mix: MixSection = field(default_factory=MixSection)
     batching: Batching = "packed"
     """`packed`: several samples in a row, kept apart by their positions; `grouped`: samples of like length

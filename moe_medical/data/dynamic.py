@@ -35,11 +35,29 @@ from moe_medical.data.rules import (
 
 LEAD_STEPS = MAX_PREFETCH_STEPS
 """Steps between a decision and the first sample that it may change."""
-_LEAST_GATE = 0.005
 _FULL_RATIO = 4.0
 _TINY = 1e-12
 
 Needs = Literal["evaluation", "training_loss", "gradients"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How evaluation losses moved; (tasks,), NaN where unknown. Who measures owns regret and gates."""
+
+    gain_T: Floats
+    """What the loss fell since the last decision, nats per token."""
+    gain_noise_T: Floats
+    """Gain that noise alone may make, nats per token."""
+    regret_T: Floats
+    """How far the loss is above its best so far, relative to that."""
+    regret_gate_T: Floats
+    """Regret that noise alone may make."""
+
+    def of(self, tasks: np.ndarray) -> Progress:
+        """The part of some tasks."""
+        rows = (self.gain_T, self.gain_noise_T, self.regret_T, self.regret_gate_T)
+        return Progress(*(np.asarray(row, dtype=np.float64)[tasks] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -52,10 +70,8 @@ class Observation:
     """Samples of each task since the last decision."""
     repeats_T: Floats
     """Epochs of each task so far."""
-    loss_T: Floats | None = None
-    """Evaluation loss now."""
-    error_T: Floats | None = None
-    """Standard error of its change since the last decision, from paired rows; None is unknown."""
+    progress: Progress | None = None
+    """At the first decision there is no earlier loss to compare with."""
     train_loss_T: Floats | None = None
     """Mean training loss since the last decision; NaN for a task without a sample."""
     gram_TT: Floats | None = None
@@ -63,10 +79,10 @@ class Observation:
 
     def of(self, tasks: np.ndarray) -> Observation:
         """The part of some tasks."""
-        rows = (self.loss_T, self.error_T, self.train_loss_T)
-        loss, error, train = (None if row is None else np.asarray(row)[tasks] for row in rows)
+        progress = None if self.progress is None else self.progress.of(tasks)
+        train = None if self.train_loss_T is None else np.asarray(self.train_loss_T)[tasks]
         gram = None if self.gram_TT is None else np.asarray(self.gram_TT)[np.ix_(tasks, tasks)]
-        return Observation(self.steps, self.samples_T[tasks], self.repeats_T[tasks], loss, error, train, gram)
+        return Observation(self.steps, self.samples_T[tasks], self.repeats_T[tasks], progress, train, gram)
 
 
 class DynamicRule(ABC):
@@ -134,14 +150,14 @@ class DynamicRule(ABC):
 class RegretRule(DynamicRule):
     """More for tasks that lost what they had, less for tasks that gain nothing: the answer to a seesaw.
 
-    With l the evaluation loss, l' the one before and n the samples since, per task i:
+    Per task i, with l the evaluation loss, l' the one before and n the samples since:
 
-        regret   r_i = (l_i - best_i) / best_i                          best_i = least l_i so far
-        gate     g_i = max(0.005, 2 SE_i / l_i)                         what noise alone may do
+        regret   r_i and its gate g_i                                   as measured; see `Progress`
+        noise    d_i                                                    gain that noise alone may make
         starved  e_i = clip(r_i / g_i - 1, 0, 1)                        none at the gate, all at twice it
         gain     G_i = mean of l'_i - l_i,  N_i = mean of n_i           over the last decisions
         usual    U_i = N_i max(0, sum_j G_j) / sum_j N_j                at the mixture's gain per sample
-        lead     a_i = log_4((max(0, G_i) + g_i l_i) / (U_i + g_i l_i)) clipped to [-1, 1]
+        lead     a_i = log_4((max(0, G_i) + d_i) / (U_i + d_i)) clipped to [-1, 1]
         signal   u_i = a_i + (1 - a_i) e_i                              -1 for a task that overfits
         push     m_i = s m_i + (1 - s) rate u_i                         s = smoothing
         share    w_i = p_i high^m_i where m_i > 0, else p_i low^-m_i
@@ -151,41 +167,36 @@ class RegretRule(DynamicRule):
     others gain, until it regresses or meets the bound; a task with too few samples to show a gain beyond its
     gate is left alone. Regret after an epoch while the training loss falls is overfitting, not starvation.
 
-    The means G and N run with weight w = min(1, 2 (1 - s)); in a_i the gate counts w g_i, like the noise of
-    such a mean. The rule is damped by its build: all but overfitting is continuous, m is a running mean of a
+    The means G and N run with weight w = min(1, 2 (1 - s)); in a_i the noise counts w d_i, as it does in such
+    a mean. The rule is damped by its build: all but overfitting is continuous, m is a running mean of a
     bounded signal, and shares go back to p where nothing is measured.
     """
 
     needs = "evaluation"
 
     def _wanted(self, seen: Observation) -> Floats:
-        if seen.loss_T is None:
-            raise ValueError("the regret rule needs evaluation losses")
+        progress = seen.progress
+        if progress is None:
+            raise ValueError("the regret rule needs how evaluation losses moved")
         overfits = self._overfits(seen)
-        last = self._memory.get("loss")
-        if last is None:
-            if np.isfinite(seen.loss_T).all():
-                self._memory |= {"loss": seen.loss_T, "best": seen.loss_T}
+        measured = np.isfinite(progress.gain_T)
+        if "gain" not in self._memory and not measured.any():
             return self._static
-        loss = np.where(np.isfinite(seen.loss_T), seen.loss_T, last)
-        best = np.fmin(self._memory["best"], loss)
-        self._memory |= {"loss": loss, "best": best}
-        error = np.zeros_like(loss) if seen.error_T is None else seen.error_T
-        gate = np.fmax(_LEAST_GATE, 2 * error / np.maximum(loss, _TINY))
-        regret = (loss - best) / np.maximum(best, _TINY)
-        starved = np.clip(regret / gate - 1, 0, 1)
-        lead = self._lead(last - loss, gate * loss, seen.samples_T)
+        excess = progress.regret_T / np.maximum(progress.regret_gate_T, _TINY) - 1
+        starved = np.where(measured, np.clip(excess, 0, 1), 0)
+        lead = np.where(measured, self._lead(progress, seen.samples_T), 0)
         signal = np.where(overfits & (starved > 0), -1.0, lead + (1 - lead) * starved)
         push = self._smoothed("push", self._section.rate * signal, 1 - self._section.smoothing)
         push = np.clip(push, -1, 1)
         return self._static * np.where(push > 0, self._section.high**push, self._section.low**-push)
 
-    def _lead(self, gain: Floats, noise: Floats, samples: Floats) -> Floats:
+    def _lead(self, progress: Progress, samples: Floats) -> Floats:
         """How far the gain of each task is ahead of what the mixture's gain per sample would give it."""
         weight = min(1.0, 2 * (1 - self._section.smoothing))
+        gain = np.nan_to_num(progress.gain_T)
         mean, seen = self._smoothed("gain", gain, weight), self._smoothed("samples", samples, weight)
         usual = max(0.0, mean.sum()) / max(seen.sum(), _TINY) * seen
-        noise = np.maximum(weight * noise, _TINY)
+        noise = np.maximum(weight * progress.gain_noise_T, _TINY)
         ratio = (np.maximum(0, mean) + noise) / (usual + noise)
         return np.clip(np.log(ratio) / math.log(_FULL_RATIO), -1, 1)
 
@@ -304,7 +315,7 @@ class DynamicMix:
 
     @property
     def needs(self) -> Needs:
-        """What `decide` must be given: `loss_T`, `train_loss_T` or `gram_TT`."""
+        """What `decide` must be given: `progress`, `train_loss_T` or `gram_TT`."""
         return self._rule.needs
 
     def due(self, done_steps: int) -> bool:
@@ -317,8 +328,7 @@ class DynamicMix:
     def decide(
         self,
         done_steps: int,
-        loss_T: Floats | None = None,
-        error_T: Floats | None = None,
+        progress: Progress | None = None,
         train_loss_T: Floats | None = None,
         gram_TT: Floats | None = None,
     ) -> tuple[int, Floats]:
@@ -330,7 +340,7 @@ class DynamicMix:
         done = done_steps * self._global_batch
         given = self._plan.counts(done)
         since = (given - self._given).astype(np.float64)
-        seen = Observation(done_steps, since, given / self._rows, loss_T, error_T, train_loss_T, gram_TT)
+        seen = Observation(done_steps, since, given / self._rows, progress, train_loss_T, gram_TT)
         weights = self._rule.decide(seen) / self._units
         first = self._first_block(done)
         start = first * self._mix.block

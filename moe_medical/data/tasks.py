@@ -65,7 +65,7 @@ class TaskData:
 
 
 def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) -> list[TaskData]:
-    """The training rows and the evaluation rows of every task of the recipe, in recipe order.
+    """The training rows and the evaluation rows of every task of the recipe, or of `data.only`, in its order.
 
     Raises:
         ConfigError: problems of the recipe or of the run's overrides.
@@ -81,9 +81,11 @@ def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) ->
         for spec in mixture.tasks
     ]
     dropped = _unhygienic(mixture, splits, most)
+    pairs = zip(mixture.tasks, splits, strict=True)
+    chosen = [(spec, of) for spec, of in pairs if not section.only or spec.name in section.only]
     return [
         _task(spec, section, (of["train"], of[evaluation_split]), dropped[spec.name], chat, memo, i)
-        for i, (spec, of) in enumerate(zip(mixture.tasks, splits, strict=True))
+        for i, (spec, of) in enumerate(chosen)
     ]
 
 
@@ -117,11 +119,13 @@ def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
     known = {s.name for s in specs}
     fix = f"Tasks there: {', '.join(sorted(known))}."
     problems = [
-        Problem(f"data.tasks.{name}", f"is not a task of {section.recipe}", fix=fix)
-        for name in section.tasks
+        Problem(f"data.{key}.{name}", f"is not a task of {section.recipe}", fix=fix)
+        for key, names in (("tasks", section.tasks), ("only", section.only))
+        for name in names
         if name not in known
     ]
-    if all(s.name in section.tasks and section.tasks[s.name].weight == 0 for s in specs):
+    chosen = set(section.only) & known or known
+    if all(name in section.tasks and section.tasks[name].weight == 0 for name in chosen):
         problems.append(Problem("data.tasks", "give every task weight 0", fix="Leave one above 0."))
     if problems:
         raise ConfigError("the run file", problems)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,14 @@ def stop_distributed() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most that this process has held so far: of the GPU's memory, or of the machine's without one."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 2**30)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def end_rank(code: int) -> NoReturn:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
 from moe_medical.data.formats import ChatFormat
@@ -60,6 +61,15 @@ class Evaluation:
         scores = [t.score for t in self.tasks.values() if t.score is not None]
         return float(np.mean(scores)) if scores else None
 
+    def values(self) -> dict[str, float]:
+        """The series by name."""
+        values = {"eval/macro_loss": self.macro_loss}
+        if self.macro_score is not None:
+            values["eval/macro_score"] = self.macro_score
+        values |= {f"eval_loss/{name}": task.loss for name, task in self.tasks.items()}
+        scores = {name: task.score for name, task in self.tasks.items()}
+        return values | {f"eval_score/{name}": s for name, s in scores.items() if s is not None}
+
     def to_json(self) -> dict[str, object]:
         return {"step": self.step, "tasks": {k: asdict(v) for k, v in self.tasks.items()}}
 
@@ -70,15 +80,6 @@ class Evaluation:
             for k, v in data["tasks"].items()
         }
         return cls(data["step"], tasks)
-
-
-def paired_error(before: TaskResult, after: TaskResult) -> float:
-    """Standard error of the change of a task's loss between two evaluations of the same rows, nats per token.
-
-    Rows are drawn, so what they contribute to the change is; rows whose loss stays are no noise.
-    """
-    changes = np.subtract(after.row_losses, before.row_losses)
-    return float(np.sqrt(len(changes)) * np.std(changes, ddof=1) / after.tokens) if len(changes) > 1 else 0.0
 
 
 class _Row(NamedTuple):
@@ -100,9 +101,11 @@ class Evaluator:
         section: EvaluationSection,
         topology: Topology,
         needs_equal_forwards: bool,
+        context: RoutingContext | None = None,
     ) -> None:
         self._tasks, self._chat, self._section = tasks, chat, section
         self._topology, self._synced = topology, needs_equal_forwards
+        self._context = context or RoutingContext()
 
     def num_batches(self, scores: bool = True) -> int:
         """Forward passes and generations of one evaluation on this rank, for a progress bar."""
@@ -141,7 +144,8 @@ class Evaluator:
         for batch_rows, counted in self._dealt(rows):
             encoded = [self._chat.encode(r.example.prompt, r.example.target) for r in batch_rows]
             batch = collate(encoded, [r.task for r in batch_rows], self._chat.pad_id)
-            tokens = token_losses(model, batch.to(self._topology.device))
+            with self._context.bind_tasks(self._task_ids(batch_rows)):
+                tokens = token_losses(model, batch.to(self._topology.device))
             if counted:
                 sums[:, [r.number for r in batch_rows]] = row_sums(tokens, len(batch_rows))
             advance()
@@ -153,7 +157,8 @@ class Evaluator:
         width = self._section.max_new_tokens
         for batch_rows, _ in self._dealt(rows):
             prompts = [self._chat.encode_prompt(r.example.prompt) for r in batch_rows]
-            made = generate_ids(model, prompts, self._chat, width, self._topology.device, self._synced)
+            with self._context.bind_tasks(self._task_ids(batch_rows)):
+                made = generate_ids(model, prompts, self._chat, width, self._topology.device, self._synced)
             ids.append(nn.functional.pad(made, (0, 0, 0, self._section.batch_rows - len(made)), value=-1))
             advance()
         return self._score_texts(rows, self._collect(ids)) if rows else {}
@@ -176,6 +181,9 @@ class Evaluator:
             predictions, targets = [p for p, _ in pairs], [t for _, t in pairs]
             scores[task] = (score(spec.metric, predictions, targets, spec.language), len(pairs))
         return scores
+
+    def _task_ids(self, rows: Sequence[_Row]) -> torch.Tensor:
+        return torch.tensor([row.task for row in rows], device=self._topology.device)
 
     def _loss_rows(self) -> list[_Row]:
         return self._first_rows(self._section.loss_rows)

@@ -11,9 +11,11 @@ from moe_medical.base_model import BaseModel
 from moe_medical.config import RunConfig
 from moe_medical.config.schema import Batching
 from moe_medical.data.batches import BatchShape, TrainingBatches
+from moe_medical.data.dynamic import LEAD_STEPS, effective_block
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.loader import Loader
-from moe_medical.data.tasks import build_plan, load_tasks
+from moe_medical.data.rules import row_limits, spread_caps
+from moe_medical.data.tasks import build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
@@ -68,6 +70,27 @@ class Feed:
     def loader(self, batches: TrainingBatches, pin: bool) -> Loader:
         """The same, made ready in the background."""
         return Loader(batches, self._data.workers, self._data.prefetch_steps, pin)
+
+    def repeats(self, done: int) -> np.ndarray:
+        """Epochs of each task in the first `done` steps, shape (tasks,)."""
+        return self.samples(done) / np.array([len(task.train) for task in self.tasks])
+
+    def leave_out(self, frozen_T: np.ndarray, done: int) -> None:
+        """Take tasks out of the mixture from the first block on that nobody can have read ahead.
+
+        Does nothing where they are out already, where the run ends before that block, or where the other
+        tasks are too small to feed the rest of the run.
+        """
+        size, block = self._training.global_batch, self._data.mix.block
+        first = max(effective_block(done * size, block, LEAD_STEPS, size), self.plan.last_change + 1)
+        start, weights = first * block, self.plan.history[-1][1].copy()
+        rest = self._training.steps * size - start
+        sizes = mix_sizes(self.tasks, self._data)
+        limits = row_limits([s.rows for s in sizes], [s.max_repeats for s in sizes])
+        left = np.where(frozen_T, 0, limits - self.plan.counts(start)) if rest > 0 else np.zeros(len(sizes))
+        if weights[frozen_T].any() and rest > 0 and left[weights > 0].astype(float).sum() >= rest:
+            weights[frozen_T] = 0
+            self.plan.set_weights(spread_caps(weights, left, rest), from_block=first)
 
     def shares(self, done: int) -> dict[str, float]:
         """Share and repeats of each task in the first `done` steps, as series."""

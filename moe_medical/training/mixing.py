@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import RunConfig
-from moe_medical.data.batches import Batch, collate
-from moe_medical.data.dynamic import DynamicMix, dynamic_mix
+from moe_medical.data.dynamic import DynamicMix, Progress, dynamic_mix
 from moe_medical.data.tasks import mix_sizes
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.evaluate import Evaluation, paired_error
+from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
 from moe_medical.training.feed import Feed
-from moe_medical.training.task_gradients import Sketch, probe_gram
+from moe_medical.training.task_gradients import Sketch, probe_batches, probe_gram
 
 _LOG = logging.getLogger(__name__)
 _PROBE_ROWS = 8
@@ -39,10 +40,10 @@ class Mixing:
         self._rule: DynamicMix | None = dynamic_mix(
             mix, sizes, feed.plan, training.global_batch, samples, self._agree
         )
-        self._sketch = Sketch()
+        self._sketch, self._micro_batch = Sketch(), training.micro_batch
         self._sums = np.zeros((2, len(feed.tasks)))
-        self._last: Evaluation | None = None
-        """Of the last decision."""
+        watched = replace(config.tracking.seesaw, window=1)  # the last decision and the best are enough
+        self._tracker = SeesawTracker([task.name for task in feed.tasks], watched)
 
     def add(self, sums: np.ndarray) -> None:
         """This rank's losses and target tokens of a step, in rows of shape (tasks,)."""
@@ -62,12 +63,12 @@ class Mixing:
         if rule is None or not rule.due(done):
             return {}
         names = [task.name for task in self._feed.tasks]
-        loss_T = error_T = gram_TT = None
+        moved = gram_TT = None
         if rule.needs == "evaluation":
-            loss_T, error_T = self._changes(evaluate())
+            moved = progress(self._tracker.update(evaluate().tasks))
         if rule.needs == "gradients":
             gram_TT = self._gradients(done)
-        _, weights = rule.decide(done, loss_T, error_T, self._training_losses(), gram_TT)
+        _, weights = rule.decide(done, moved, self._training_losses(), gram_TT)
         return {f"mix_next/{n}": float(w) for n, w in zip(names, weights / weights.sum(), strict=True)}
 
     def state(self, done: int) -> dict[str, Any]:
@@ -76,8 +77,8 @@ class Mixing:
         # From here on the main rank has it all, as a resumed run will.
         self._sums = total if self._engine.topology.is_main else np.zeros_like(total)
         rule = self._rule.state() if self._rule else None
-        last = self._last.to_json() if self._last else None
-        return {"plan": self._feed.plan_state(done), "rule": rule, "sums": total.tolist(), "last": last}
+        plan, seen = self._feed.plan_state(done), self._tracker.state()
+        return {"plan": plan, "rule": rule, "sums": total.tolist(), "evaluations": seen}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; of changed data, which the user has accepted, only the rule's."""
@@ -89,16 +90,9 @@ class Mixing:
             _LOG.log(logging.WARNING if is_main else logging.DEBUG, "shares start anew: %s", e)
         if self._rule is not None:
             self._rule.load_state(state["rule"], same_plan=restored)
-        self._last = Evaluation.from_json(state["last"]) if state["last"] else None
+        self._tracker.load_state(state["evaluations"])
         if is_main:
             self._sums = np.array(state["sums"])
-
-    def _changes(self, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray | None]:
-        """Loss of each task now, and the standard error of its change since the last decision."""
-        now, before = evaluation.tasks, self._last.tasks if self._last else None
-        self._last, names = evaluation, [task.name for task in self._feed.tasks]
-        losses = np.array([now[name].loss for name in names])
-        return losses, np.array([paired_error(before[n], now[n]) for n in names]) if before else None
 
     def _training_losses(self) -> np.ndarray:
         """Mean loss per target token of each task since the last decision; NaN where there was no sample."""
@@ -111,17 +105,13 @@ class Mixing:
         return topology.sum(weights if topology.is_main else np.zeros_like(weights))
 
     def _gradients(self, done: int) -> np.ndarray:
-        topology = self._engine.topology
-        batches, seed = self._probe(done), self._seed + done * topology.world_size + topology.rank
-        return probe_gram(self._engine, self._context, batches, len(self._feed.tasks), seed, self._sketch)
+        topology, tasks = self._engine.topology, self._feed.tasks
+        batches = probe_batches(tasks, self._feed.chat, topology, done, _PROBE_ROWS, self._micro_batch)
+        seed = self._seed + done * topology.world_size + topology.rank
+        return probe_gram(self._engine, self._context, batches, len(tasks), seed, self._sketch)
 
-    def _probe(self, done: int) -> list[Batch]:
-        """This rank's part of training rows of each task, other ones at each decision."""
-        topology, batches = self._engine.topology, []
-        for number, task in enumerate(self._feed.tasks):
-            size = len(task.train)
-            rows = [(done * _PROBE_ROWS + i) % size for i in range(min(_PROBE_ROWS, size))]
-            mine = task.tokens.encoded(rows[topology.rank :: topology.world_size])
-            if mine:
-                batches.append(collate(mine, [number] * len(mine), self._feed.chat.pad_id))
-        return batches
+
+def progress(seen: SeesawStep) -> Progress:
+    """What the tracker saw since the last decision, as a rule is told it."""
+    gain_T = seen.before_T - seen.loss_T
+    return Progress(gain_T, seen.gain_noise_T, seen.regret_T, seen.regret_gate_T)

@@ -9,10 +9,10 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from moe_medical.config import RunConfig, save_config
 from moe_medical.data.sources import BadRecord
@@ -89,8 +89,28 @@ class RunFolder(RunPaths):
             return Evaluation.from_json(json.loads(self.evaluation(step).read_text()))
         return None
 
+    def evaluations_before(self, step: int) -> Iterator[Evaluation]:
+        """The readable ones of earlier steps, in order."""
+        for path in self.of_each_step(self.evaluation(0)):
+            found = self.read_evaluation(int(path.stem.removeprefix("step-")))
+            if found is not None and found.step < step:
+                yield found
+
+    def add_decision(self, decision: Mapping[str, Any]) -> None:
+        """Append a line to `decisions.jsonl` unless it is there: a resumed run decides its last step again."""
+        line = json.dumps(decision, ensure_ascii=False) + "\n"
+        with _writing(self.decisions), self.decisions.open("a+") as file:
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
+
     def forget_after(self, step: int) -> None:
         """Steps later than `step` will be done again, so what was seen at them will be too."""
+        if self.decisions.is_file():
+            lines = self.decisions.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            with _writing(self.decisions):
+                self.decisions.write_text("".join(kept))
         for of_step in (self.evaluation, self.conflict, self.routing):
             for path in self.of_each_step(of_step(0)):
                 if path.name > of_step(step).name:
@@ -115,13 +135,13 @@ def _lock(file: TextIO, folder: Path) -> None:
         raise StorageError(f"{folder} was in use by another run. Try again.")
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, indent: int | None = 1) -> None:
     """Write a JSON file in one rename."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,7 @@ def accumulate(
     batches: Sequence[Batch],
     counts: StepCounts,
     weights: TokenWeights | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Forward and backward over this rank's micro-batches.
 
@@ -67,6 +68,7 @@ def accumulate(
         batches: This rank's, as many as every other rank has.
         counts: Of all ranks.
         weights: Of the target tokens in the global loss; None gives each task its mean per token.
+        look: Called between forward and backward of each micro-batch, while it is bound.
 
     Returns:
         This rank's sums per task, shape (3, num_tasks): loss, supervised tokens, samples.
@@ -80,6 +82,7 @@ def accumulate(
     for batch in on_device:
         with context.bind(batch.token_mask_BS, batch.task_ids_BS):
             tokens = token_losses(engine, batch)
+            look()
             router_losses.enter()
             loss = (tokens.losses * weights(tokens)).sum()
             engine.backward(loss, last=batch is on_device[-1])

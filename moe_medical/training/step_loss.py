@@ -45,13 +45,16 @@ class StepLoss:
         self._weighting = task_weighting(section, num_tasks)
         self.factors_T = np.ones(num_tasks)
 
-    def token_weights(self, step: int, batches: Sequence[Batch], counts: StepCounts) -> TokenWeights:
+    def token_weights(
+        self, step: int, batches: Sequence[Batch], counts: StepCounts, guard_T: np.ndarray | float = 1.0
+    ) -> TokenWeights:
         """Weights of the target tokens in the loss of a step.
 
         Args:
             step: Counted from 0.
             batches: This rank's micro-batches of the step.
             counts: Of all ranks.
+            guard_T: More factors of the tasks' losses.
         """
         device = self._engine.topology.device
         plain = TokenWeights.of(self._section.normalise, counts.tokens_T, counts.rows_T, device)
@@ -63,6 +66,7 @@ class StepLoss:
             self.factors_T = surgery_weights(
                 self._section.surgery, *where, self._num_tasks, self._seed + step
             )
+        self.factors_T = self.factors_T * guard_T
         return plain.times(self.factors_T)
 
     def observe(self, step: int, batches: Sequence[Batch], counts: StepCounts, losses_T: np.ndarray) -> None:

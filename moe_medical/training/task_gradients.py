@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.data.batches import Batch
+from moe_medical.data.batches import Batch, collate
+from moe_medical.data.formats import ChatFormat
+from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine
+from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.objective import TokenLosses, token_losses
 
 Weigh = Callable[[TokenLosses], Tensor]
@@ -98,6 +101,28 @@ def task_gram(
             for name, gradient in (sketch(gradients) if sketch else gradients).items():
                 rows[name][task] += gradient.flatten()
     return _inner_products(engine, rows, num_tasks)
+
+
+def probe_batches(
+    tasks: Sequence[TaskData], chat: ChatFormat, topology: Topology, done: int, rows: int, micro_batch: int
+) -> list[Batch]:
+    """This rank's part of training rows of each task, other ones after each number of steps.
+
+    Args:
+        tasks: All of the run.
+        chat: Token format.
+        topology: This process among all.
+        done: Steps so far.
+        rows: Of each task; a smaller task gives all that it has.
+        micro_batch: Rows of a batch at most; a batch has one task only.
+    """
+    parts = []
+    for number, task in enumerate(tasks):
+        size = len(task.train)
+        chosen = [(done * rows + i) % size for i in range(min(rows, size))]
+        parts += [(number, chosen[i : i + micro_batch]) for i in range(0, len(chosen), micro_batch)]
+    mine = parts[topology.rank :: topology.world_size]
+    return [collate(tasks[n].tokens.encoded(part), [n] * len(part), chat.pad_id) for n, part in mine]
 
 
 def probe_gram(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,19 @@ from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.loader import Loader
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.state import gather_parameters, gather_state, load_state, parameter_shapes
-from moe_medical.distributed.topology import Topology
+from moe_medical.distributed.topology import Topology, peak_memory_gib
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
-from moe_medical.evaluation.evaluate import Evaluation, Evaluator
+from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
-from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
+from moe_medical.tracking.sinks import Sinks, open_sinks
 from moe_medical.training.assembly import assemble
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
 from moe_medical.training.feed import Feed, agreed_batching
+from moe_medical.training.guarding import Guarding
 from moe_medical.training.identity import identify
 from moe_medical.training.layout_plan import SizedLinear, exchange_chooser
 from moe_medical.training.mixing import Mixing
+from moe_medical.training.observer import Observer
 from moe_medical.training.preflight import check_context
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.run_folder import RunFolder
@@ -84,13 +86,14 @@ class Trainer:
         )
         self.mixing = Mixing(config, self.feed, self.engine, self.context)
         self.batches = self.feed.batches(topology, agreed_batching(config.data.batching, self.engine))
-        synced = self.engine.needs_equal_forwards
-        self.evaluator = Evaluator(self.tasks, self.feed.chat, config.evaluation, topology, synced)
+        self.guarding = Guarding(config.training.guard, self.feed, topology)
         self.stop = StopFlag()
         self.meter = TaskMeter([t.name for t in self.tasks])
         self.speed = SpeedMeter()
         self.tokens_seen = self.truncated = 0
         self.sinks = Sinks()
+        what = (self.feed, self.adapters, self.engine, self.context)
+        self.observer = Observer(config, *what, self.folder, self.sinks)
 
     def run(self) -> RunResult:
         """Train to the last step.
@@ -104,17 +107,17 @@ class Trainer:
                 first = self._restore()
                 self._open_outputs(first)
                 before = self._evaluation_at(0, "evaluating before")
-                self._train_from(first)
-                self._save_checkpoint(self.config.training.steps)
-                after = self._evaluation_at(self.config.training.steps, "evaluating after")
-                self._save_adapter()
+                last = self._train_from(first)
+                self._save_checkpoint(last)
+                after = self._evaluation_at(last, "evaluating after")
+                self._save_adapter(last)
                 exit_code = 0
             except PreemptedError as e:
                 exit_code = e.exit_code
                 raise
             finally:
                 self.sinks.close(exit_code)
-        samples = self.feed.samples(self.config.training.steps)
+        samples = self.feed.samples(last)
         changes = self.identity.accepted_changes
         return RunResult(self.folder, self.tasks, before, after, samples, changes)
 
@@ -131,6 +134,7 @@ class Trainer:
         if self.topology.is_main:
             self._write_from(first)
         self.topology.barrier()  # nobody reads an evaluation that is about to be forgotten
+        self.observer.replay(first)
 
     def _write_from(self, first: int) -> None:
         last = first or -1  # a fresh start keeps nothing, not even step 0
@@ -138,13 +142,7 @@ class Trainer:
         self._announce(first)
         self.folder.create(self.config)
         self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
-        jsonl = JsonlSink(self.folder.metrics)
-        jsonl.truncate_after(last)
-        self.sinks.append(jsonl)
-        wandb = self.config.tracking.wandb
-        if wandb.enabled:
-            sink = WandbSink(self.folder.root, asdict(self.config), wandb.project, wandb.entity, wandb.mode)
-            self.sinks.append(sink)
+        self.sinks += open_sinks(self.config, self.folder.root, first)
 
     def _announce(self, first: int) -> None:
         trainable = sum(math.prod(shape) for shape in parameter_shapes(self.engine).values())
@@ -177,6 +175,7 @@ class Trainer:
         self.truncated = int(checkpoint.state["truncated"])
         self.loss.restore(checkpoint.state["task_weights"])
         self.mixing.restore(checkpoint.state["mixture"])
+        self.guarding.restore(checkpoint.state["guard"])
         if self.topology.is_main:
             self.meter.sums = np.array(checkpoint.state["meter"])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
@@ -213,7 +212,7 @@ class Trainer:
     def _save_checkpoint(self, step: int) -> None:
         trainable = gather_state(self.engine, step)
         self._move_meter_to_main()
-        mixture = self.mixing.state(step)
+        mixture, guard = self.mixing.state(step), self.guarding.state()
         if self.topology.is_main:
             state = {
                 "samples": step * self.config.training.global_batch,
@@ -222,6 +221,7 @@ class Trainer:
                 "meter": self.meter.sums.tolist(),
                 "task_weights": self.loss.state(),
                 "mixture": mixture,
+                "guard": guard,
                 "identity": self.identity.to_json(),
             }
             layout = {
@@ -240,7 +240,8 @@ class Trainer:
 
     # Training
 
-    def _train_from(self, first: int) -> None:
+    def _train_from(self, first: int) -> int:
+        """Train on; the step that was reached, the last one unless the guard ends the run before."""
         training = self.config.training
         on_gpu = self.topology.device.type == "cuda"
         with (
@@ -251,11 +252,14 @@ class Trainer:
             for step in range(first, training.steps):
                 if self._due(self.config.evaluation.every_steps, step):
                     self._evaluation_at(step, f"evaluating at step {step}")
+                if self.guarding.stopped:
+                    return step
                 self._decide_mixture(step)
                 self.speed.restart()
                 self._one_step(step, loader, progress)
                 if self._due(self.config.checkpoint.every_steps, step + 1):
                     self._save_checkpoint(step + 1)
+        return training.steps
 
     def _decide_mixture(self, done: int) -> None:
         label = f"evaluating at step {done}"
@@ -272,19 +276,22 @@ class Trainer:
         counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
         if counts.stop:
             self._stop_at(step)
-        weights = self.loss.token_weights(step, batches, counts)
-        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts, weights)
+        weights = self.loss.token_weights(step, batches, counts, self.guarding.factors_T)
+        look = self.observer.watch_step(step + 1)
+        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts, weights, look)
         rate = learning_rate(self.config.training, step)
         norm = self.engine.step(rate)
         self.loss.observe(step, batches, counts, sums[0])
         self.tokens_seen += counts.all_tokens
         self.meter.sums += sums.T
         self.mixing.add(sums)
+        self.guarding.add(sums)
         self.truncated += counts.truncated
         self.speed.step(counts.all_tokens, counts.positions, loader.waited())
         note = ""
         if (step + 1) % self.config.tracking.log_every_steps == 0 or step + 1 == self.config.training.steps:
             note = self._note(self._log_step(step + 1, rate, norm))
+        self.observer.step_done(step + 1, self.tokens_seen)
         progress.advance(1, note)
 
     def _log_step(self, done: int, rate: float, norm: float) -> float:
@@ -303,6 +310,7 @@ class Trainer:
             "health/useful_positions": self.speed.useful_positions,
             "health/data_wait_seconds": self.speed.data_wait_seconds,
             "health/truncated_prompts": self.truncated,
+            "health/memory_gib": peak_memory_gib(self.topology.device),
         }
         values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
         values |= self.feed.shares(done)
@@ -326,43 +334,25 @@ class Trainer:
     # Results
 
     def _evaluation_at(self, step: int, label: str, scores: bool = True) -> Evaluation:
-        """The evaluation after `step` steps; a resumed run reads it back instead of repeating it."""
-        known = self.folder.read_evaluation(step)
-        if int(self.topology.sum(np.array([known is not None]))[0]) == self.topology.world_size and known:
-            return known
-        batches = self.evaluator.num_batches(scores)
-        with progress_line(label, batches, self.topology.is_main) as progress:
+        def poll() -> None:
+            if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
+                self._stop_at(step)
 
-            def advance() -> None:
-                progress.advance()
-                if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
-                    self._stop_at(step)
-
-            evaluation = self.evaluator.run(self.engine.module, step, advance, scores)
+        evaluation = self.observer.evaluate(step, label, self.tokens_seen, poll, scores)
+        decisions = self.guarding.look(step, self.observer.seen)
         if self.topology.is_main:
-            self.sinks.log(self._evaluation_values(evaluation), step)
-            self.folder.write_evaluation(evaluation)
-        self.topology.barrier()
+            self.observer.tell_decisions(decisions)
         return evaluation
 
-    def _evaluation_values(self, evaluation: Evaluation) -> dict[str, float]:
-        values = {"tokens": float(self.tokens_seen), "eval/macro_loss": evaluation.macro_loss}
-        if evaluation.macro_score is not None:
-            values["eval/macro_score"] = evaluation.macro_score
-        values |= {f"eval_loss/{name}": task.loss for name, task in evaluation.tasks.items()}
-        scores = {name: task.score for name, task in evaluation.tasks.items()}
-        return values | {f"eval_score/{name}": s for name, s in scores.items() if s is not None}
-
-    def _save_adapter(self) -> None:
+    def _save_adapter(self, steps: int) -> None:
         state = gather_parameters(self.engine)
         if self.topology.is_main:
-            save_adapter(
-                self.folder.adapter, state, self.adapters, adapter_meta(self.config, self.base, self.tasks)
-            )
+            meta = adapter_meta(self.config, self.base, self.tasks, steps)
+            save_adapter(self.folder.adapter, state, self.adapters, meta)
         self.topology.barrier()
 
 
-def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> dict[str, Any]:
+def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData], steps: int) -> dict[str, Any]:
     """What a user of the adapter must know beside its weights."""
     # Options of other kinds of tasks differ by row: they are text of records, not labels.
     closed = [t for t in tasks if t.spec.kind in ("classification", "yes_no")]
@@ -376,5 +366,5 @@ def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData]) -> d
         "max_length": config.data.max_length,
         "dtype": config.model.dtype,
         "seed": config.run.seed,
-        "steps": config.training.steps,
+        "steps": steps,
     }

@@ -21,7 +21,7 @@ from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.data.formats import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
-from moe_medical.evaluation.evaluate import Evaluation, Evaluator, TaskResult, deal, paired_error
+from moe_medical.evaluation.evaluate import Evaluation, Evaluator, deal
 from moe_medical.evaluation.objective import TokenLosses, TokenWeights, task_sums, token_losses
 
 WRONG = {("last_word", 1), ("even", 0), ("even", 3)}
@@ -152,18 +152,6 @@ def batch_and_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module,
     base = locate_base(ModelSection(str(write_tiny_model(tmp_path_factory.mktemp("model") / "m"))))
     rows = [Encoded([5, 6, 7, 8, 9, 10], 3, 0), Encoded([11, 12, 13], 2, 0), Encoded([1, 2, 3, 4], 1, 0)]
     return load_base(base, "float32").eval(), collate(rows, [2, 0, 2], pad_id=2), rows
-
-
-def _result(row_losses: list[float]) -> TaskResult:
-    return TaskResult(sum(row_losses) / 20, 20, len(row_losses), "accuracy", None, 0, tuple(row_losses))
-
-
-def test_paired_error_is_the_noise_of_the_change_and_not_of_the_rows() -> None:
-    before = _result([10.0, 2.0, 30.0, 4.0])
-    assert paired_error(before, _result([9.0, 1.0, 29.0, 3.0])) == 0.0  # all alike: certain
-    after = _result([9.0, 2.0, 28.0, 4.0])  # changes -1 0 -2 0, standard deviation sqrt(11 / 12)
-    assert paired_error(before, after) == pytest.approx(2 * (11 / 12) ** 0.5 / 20)
-    assert paired_error(_result([1.0]), _result([2.0])) == 0.0
 
 
 def test_token_losses_are_plain_cross_entropy(

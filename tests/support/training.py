@@ -128,11 +128,11 @@ def reference(
         epsilon=training.epsilon,
         token_weights=token_weights,
     )
-    return train(base.folder, first, [arranged(rows) for rows in _rows(config, steps)], rules)
+    return train(base.folder, first, [arranged(rows) for rows in rows_of_steps(config, steps)], rules)
 
 
-def _rows(config: RunConfig, steps: int) -> list[list[Row]]:
-    """The global batch of each step."""
+def rows_of_steps(config: RunConfig, steps: int) -> list[list[Row]]:
+    """The global batches of the first steps of a run."""
     from moe_medical.base_model import locate_base
     from moe_medical.data.formats import ChatFormat
     from moe_medical.data.tasks import build_plan, load_tasks

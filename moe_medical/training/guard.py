@@ -1,0 +1,173 @@
+"""Acts on a task that overfits: reweights it, takes it out of the mixture, or ends the run.
+
+A task overfits at an evaluation when it is beyond its first epoch, its evaluation loss is above its best by
+more than noise (the tracker's regret and gate), and its training loss is below what it was around that best.
+`patience` such evaluations in a row make a decision, one that is not makes the count start anew; after a
+decision it starts anew too.
+
+Decisions:
+- Training loss since the last look is compared with the one around the best evaluation, not with the look
+  before: means over few samples go up and down, and it is the gap since the best that is overfitting. Without
+  a sample since the last look the count stays as it is.
+- `reweight` may come again, each time by `factor`, down to LEAST_WEIGHT; a task that is there is left alone.
+- `freeze` comes once per task. Where it would leave no task in training, the run is stopped instead.
+- Every rank may look: equal numbers give equal decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_medical.config.schema import GuardSection
+from moe_medical.tracking.seesaw import SeesawStep
+
+Floats = NDArray[np.float64]
+Action = Literal["freeze", "reweight", "stop", "mixture"]
+
+LEAST_WEIGHT = 0.05
+"""Loss weight below which no reweighting goes: less would be a freeze that still costs its samples."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was changed in a run, and why; a line of `decisions.jsonl`."""
+
+    step: int
+    action: Action
+    task: str | None
+    """None where it is about all tasks."""
+    cause: str
+    """One sentence with numbers, never the text of a record."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """`step`, `action`, `task`, `cause` and the numbers, side by side."""
+        head = {"step": self.step, "action": self.action, "task": self.task, "cause": self.cause}
+        return {**head, **self.numbers}
+
+
+class TaskGuard:
+    """Watches for tasks that overfit.
+
+    Args:
+        section: `training.guard`.
+        tasks: Their names, in the order of every array.
+    """
+
+    def __init__(self, section: GuardSection, tasks: Sequence[str]) -> None:
+        self._section, self._tasks = section, list(tasks)
+        self._weight_T = np.ones(len(tasks))
+        self._frozen_T = np.zeros(len(tasks), dtype=bool)
+        self._streak_T = np.zeros(len(tasks), dtype=np.int64)
+        self._train_at_best_T = np.full(len(tasks), math.nan)
+
+    @property
+    def weight_T(self) -> Floats:
+        """Factor of each task's loss: 1, or less once it was reweighted."""
+        return self._weight_T.copy()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Tasks that were taken out of the mixture."""
+        return tuple(task for task, is_out in zip(self._tasks, self._frozen_T, strict=True) if is_out)
+
+    def look(
+        self, step: int, seen: SeesawStep, train_loss_T: Sequence[float], repeats_T: Sequence[float]
+    ) -> list[Decision]:
+        """Decide after an evaluation. Call it at every one.
+
+        Args:
+            step: Optimizer steps done.
+            seen: The evaluation.
+            train_loss_T: Mean loss per target token since the last look; NaN for a task without a sample.
+            repeats_T: Epochs of each task so far.
+        """
+        if self._section.action == "none":
+            return []
+        train, repeats = np.asarray(train_loss_T, dtype=np.float64), np.asarray(repeats_T, dtype=np.float64)
+        self._count(seen, train, repeats)
+        decisions = []
+        for i in np.flatnonzero((self._streak_T >= self._section.patience) & self._may_act).tolist():
+            action = self._act(i, repeats)
+            decisions.append(self._decision(step, action, i, seen, train, repeats))
+            self._streak_T[i] = 0
+        return decisions
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; all that the next decisions depend on."""
+        return {
+            "tasks": self._tasks,
+            "weight": self._weight_T.tolist(),
+            "frozen": self._frozen_T.tolist(),
+            "streak": self._streak_T.tolist(),
+            "train_at_best": [None if math.isnan(v) else v for v in self._train_at_best_T.tolist()],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`.
+
+        Raises:
+            ValueError: the state is of other tasks.
+        """
+        if state["tasks"] != self._tasks:
+            raise ValueError("the state of the guard is of other tasks")
+        self._weight_T = np.array(state["weight"], dtype=np.float64)
+        self._frozen_T = np.array(state["frozen"], dtype=bool)
+        self._streak_T = np.array(state["streak"], dtype=np.int64)
+        self._train_at_best_T = np.array(state["train_at_best"], dtype=np.float64)
+
+    @property
+    def _may_act(self) -> NDArray[np.bool_]:
+        """Tasks about which there is something left to do."""
+        is_light = (self._weight_T <= LEAST_WEIGHT) & (self._section.action == "reweight")
+        return ~self._frozen_T & ~is_light
+
+    def _count(self, seen: SeesawStep, train_T: Floats, repeats_T: Floats) -> None:
+        """How often in a row each task has overfitted."""
+        has_trained, at_best = np.isfinite(train_T), seen.since_best_T == 0
+        renewed = has_trained & (at_best | np.isnan(self._train_at_best_T))
+        self._train_at_best_T = np.where(renewed, train_T, self._train_at_best_T)
+        regrets = seen.regret_T > seen.regret_gate_T
+        overfits = regrets & (repeats_T >= 1) & (train_T < self._train_at_best_T)
+        unknown = ~has_trained | np.isnan(seen.regret_T)
+        self._streak_T = np.where(unknown, self._streak_T, np.where(overfits, self._streak_T + 1, 0))
+
+    def _act(self, task: int, repeats_T: Floats) -> Action:
+        """What is done about a task, noted."""
+        action = self._section.action
+        others = (repeats_T > 0) & ~self._frozen_T
+        others[task] = False
+        if action == "freeze" and others.any():
+            self._frozen_T[task] = True
+            return "freeze"
+        if action == "reweight":
+            self._weight_T[task] = max(LEAST_WEIGHT, self._weight_T[task] * self._section.factor)
+            return "reweight"
+        return "stop"
+
+    def _decision(
+        self, step: int, action: Action, task: int, seen: SeesawStep, train_T: Floats, repeats_T: Floats
+    ) -> Decision:
+        best = self._train_at_best_T[task]
+        numbers = {
+            "regret": seen.regret_T[task],
+            "regret_gate": seen.regret_gate_T[task],
+            "evaluations": self._streak_T[task],
+            "train_loss": train_T[task],
+            "train_loss_at_best": best,
+            "repeats": repeats_T[task],
+            "weight": self._weight_T[task],
+        }
+        lower = 100 * (best - train_T[task]) / best
+        cause = (
+            f"evaluation loss {100 * seen.regret_T[task]:.1f} % above its best "
+            f"(gate {100 * seen.regret_gate_T[task]:.1f} %) in {self._streak_T[task]} evaluations in a row, "
+            f"training loss {lower:.1f} % lower than around that best, after {repeats_T[task]:.1f} epochs"
+        )
+        return Decision(step, action, self._tasks[task], cause, {k: float(v) for k, v in numbers.items()})
