@@ -104,7 +104,7 @@ class Size:
     loss_rows: int
     """Held-out rows of each task."""
     base: BaseSize
-    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
+    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2)
     """Learning rates to choose from."""
     sweep_share: float = 0.5
     """Tokens of a run that chooses one, of an arm's."""
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pretraining-steps", type=int, default=300)
-    parser.add_argument("--loss-rows", type=int, default=10)
+    parser.add_argument("--loss-rows", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "seesaw-benchmark")
     parser.add_argument("--result", type=Path, default=RESULT)

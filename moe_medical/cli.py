@@ -35,7 +35,7 @@ def run() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     options = _parse(arguments)
-    ranked = options.verb is _train  # elsewhere a launcher's variables mean nothing
+    ranked = options.verb in (_train, _eval)  # elsewhere a launcher's variables mean nothing
     setup_logging(is_main=not ranked or os.environ.get("RANK", "0") == "0")
     try:
         return int(options.verb(options))

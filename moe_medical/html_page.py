@@ -18,9 +18,7 @@ from typing import Any
 
 from moe_medical.errors import StorageError
 
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
-)
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
 _CHART_CONFIG: Mapping[str, Any] = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
@@ -55,7 +53,9 @@ class Chart:
     @property
     def html(self) -> str:
         """The place of the chart and its specification."""
-        spec = json.dumps(dict(self.spec) | {"description": self.summary}, separators=(",", ":"), allow_nan=False)
+        spec = json.dumps(
+            dict(self.spec) | {"description": self.summary}, separators=(",", ":"), allow_nan=False
+        )
         data = spec.replace("</", "<\\/").replace("<!--", "<\\u0021--")
         return (
             f'<div class="chart" id="{escape(self.name)}"></div>'
@@ -100,7 +100,9 @@ class Mark:
 Cell = str | int | float | Bar | Mark
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], notes: Mapping[str, str] | None = None) -> str:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], notes: Mapping[str, str] | None = None
+) -> str:
     """A table as HTML; a line instead of one without rows.
 
     Args:

@@ -31,7 +31,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among its peers."""
+    """This process among its peers. Alone it needs no process group."""
 
     rank: int
     world_size: int
@@ -47,18 +47,27 @@ class Topology:
         """Elementwise sum over all ranks. Collective: every rank must call."""
         # A copy: the sum must not be written into the caller's array.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Concatenate equally shaped `rows` of all ranks in rank order. Collective: every rank must call."""
+        if self.world_size == 1:
+            return rows
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     def barrier(self) -> None:
         """Collective: wait for every rank."""
-        dist.barrier()
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_alone(section: ParallelSection) -> Topology:
+    """This process by itself, on its device and without a process group."""
+    return Topology(0, 1, _device(section, 0), "single process")
 
 
 def start_distributed(section: ParallelSection) -> Topology:
@@ -127,6 +136,11 @@ def end_rank(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def is_launched() -> bool:
+    """Whether a launcher has made this process a rank."""
+    return all(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
 def launched_ranks() -> int:

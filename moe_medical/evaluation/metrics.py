@@ -64,6 +64,9 @@ ALL_METRICS: dict[str, Metric] = METRICS | {
 }
 """Those and the ones that are only told beside them."""
 
+ONE_LABEL = frozenset({"accuracy", "letter_accuracy", "macro_f1", "micro_f1", "f1_yes", "exact_match"})
+"""Metrics of answers that may be one of listed options."""
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "exact_match": ("token_f1",),
     "accuracy": ("macro_f1", "contains_answer"),

@@ -40,14 +40,15 @@ def full_width(text: str) -> str:
 
 def answer_shape(targets: Iterable[str]) -> Shape:
     """The shape of a task's answers."""
-    lines = [line for target in targets for line in target.strip().split("\n")]
+    texts = [target.strip().split("\n") for target in targets]
+    lines = [line for text in texts for line in text]
     if any(_TRIPLES in line for line in lines):
         return "triples"
     if any(line.startswith(f"{_FIELDS[0]}：") for line in lines):
         return "events"
     if any("实体：" in line for line in lines):
         return "entities"
-    return "findings" if any("：" in line for line in lines) else "terms"
+    return "findings" if any("：" in line for text in texts for line in text[1:]) else "terms"
 
 
 def answer_items(

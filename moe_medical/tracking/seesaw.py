@@ -20,7 +20,7 @@ Decisions (simulated: 24 tasks of 64 probe rows, 10 evaluations):
   .0020, noise alone .00003, and S over the window .89.
 - Regret is against the best evaluation so far, gated by the paired error between that one and now. The best
   is a minimum of noisy values: on a plateau noise alone lifts one task in five above its gate, one in 1000
-  above twice its gate.
+  above twice its gate, none above three times it.
 - A task whose loss is not finite is left out of that evaluation; the next is compared with its last finite
   one. Probe rows that differ in number or tokens are another probe set: the task starts anew.
 - Everything follows from the evaluations in order. A resumed run feeds those on disk again, so a checkpoint
@@ -171,8 +171,8 @@ class SeesawStep:
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        """Tasks whose regret is beyond twice its gate, which noise does not reach: fit for an alert."""
-        return self._named(self.regret_T > 2 * self.regret_gate_T)
+        """Tasks whose regret is beyond three times its gate, which noise does not reach: fit for an alert."""
+        return self._named(self.regret_T > 3 * self.regret_gate_T)
 
     def values(self) -> dict[str, float]:
         """The series by name, all finite; of a first evaluation the worst loss and what a reference gives."""
@@ -183,7 +183,7 @@ class SeesawStep:
 
     def table(self) -> tuple[list[str], list[list[str | float | None]]]:
         """(columns, a row per task); None where there is nothing to tell."""
-        names = ["loss", "delta", "gate", "regret", "regret_gate", "since_best", "mtl_gain"]
+        names = ["loss", "before", "delta", "gate", "regret", "regret_gate", "since_best", "mtl_gain"]
         columns = np.stack([getattr(self, f"{name}_T") for name in names], axis=1)
         rows = [
             [task, *(value if math.isfinite(value) else None for value in row)]

@@ -14,7 +14,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,15 +38,32 @@ class MetricDefinition(NamedTuple):
     """What the summary keeps: of "min", "max", "mean", "last"; empty for W&B's default."""
 
 
+class Alert(NamedTuple):
+    """One message to a person."""
+
+    title: str
+    text: str
+
+
 @dataclass(frozen=True)
 class WandbRun:
     """What one file says. Names of nested values are joined with "/"; W&B's own begin with "_"."""
+
+    id: str = ""
+    name: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
 
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[MetricDefinition] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
     exit_code: int | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history without tables and charts: one row per row of `metrics.jsonl`."""
+        return [row for row in self.history if "global_step" in row]
 
 
 class _Fragment(NamedTuple):
@@ -75,10 +92,16 @@ def read_run(path: Path, strict: bool = True) -> WandbRun:
     return run
 
 
+def run_files(folder: Path) -> list[Path]:
+    """The `.wandb` files below a folder, one for each start of the run, oldest first."""
+    files = (file for file in folder.rglob("*.wandb") if not file.parent.is_symlink())
+    return sorted(files, key=lambda file: file.parent.name.partition("run-")[2])
+
+
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
-    files = sorted(file for file in path.rglob("*.wandb") if not file.parent.is_symlink())
+    files = run_files(path)
     if len(files) != 1:
         raise DataError(f"{path} must hold exactly one .wandb file, got {len(files)}. Name the file itself.")
     return files[0]
@@ -133,27 +156,33 @@ def _join(fragments: Iterable[_Fragment]) -> Iterator[bytes]:
 
 def _collect(payloads: Iterable[bytes]) -> WandbRun:
     record_type = import_wandb().proto.wandb_internal_pb2.Record
-    history: list[dict[str, Any]] = []
-    summary: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    metrics: list[MetricDefinition] = []
-    exit_code = None
+    run = WandbRun()
     for payload in payloads:
-        record = record_type.FromString(payload)
-        match record.WhichOneof("record_type"):
-            case "run":
-                _update(config, record.run.config)
-            case "config":
-                _update(config, record.config)
-            case "history":
-                history.append(_values(record.history.item))
-            case "summary":
-                _update(summary, record.summary)
-            case "metric":
-                metrics.append(_definition(record.metric))
-            case "exit":
-                exit_code = record.exit.exit_code
-    return WandbRun(history, summary, config, metrics, exit_code)
+        run = _with_record(run, record_type.FromString(payload))
+    return run
+
+
+def _with_record(run: WandbRun, record: Any) -> WandbRun:
+    """The run after one more record."""
+    match record.WhichOneof("record_type"):
+        case "run":
+            _update(run.config, record.run.config)
+            told = record.run
+            named = {"id": told.run_id, "name": told.display_name, "group": told.run_group}
+            return replace(run, **named, tags=tuple(told.tags))
+        case "config":
+            _update(run.config, record.config)
+        case "history":
+            run.history.append(_values(record.history.item))
+        case "summary":
+            _update(run.summary, record.summary)
+        case "metric":
+            run.metrics.append(_definition(record.metric))
+        case "alert":
+            run.alerts.append(Alert(record.alert.title, record.alert.text))
+        case "exit":
+            return replace(run, exit_code=record.exit.exit_code)
+    return run
 
 
 def _update(values: dict[str, Any], change: Any) -> None:

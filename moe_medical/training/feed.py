@@ -75,11 +75,11 @@ class Feed:
         """Epochs of each task in the first `done` steps, shape (tasks,)."""
         return self.samples(done) / np.array([len(task.train) for task in self.tasks])
 
-    def leave_out(self, frozen_T: np.ndarray, done: int) -> None:
+    def leave_out(self, frozen_T: np.ndarray, done: int) -> bool:
         """Take tasks out of the mixture from the first block on that nobody can have read ahead.
 
-        Does nothing where they are out already, where the run ends before that block, or where the other
-        tasks are too small to feed the rest of the run.
+        Returns:
+            False, and all is as it was, where the other tasks are too small to feed the rest of the run.
         """
         size, block = self._training.global_batch, self._data.mix.block
         first = max(effective_block(done * size, block, LEAD_STEPS, size), self.plan.last_change + 1)
@@ -87,10 +87,14 @@ class Feed:
         rest = self._training.steps * size - start
         sizes = mix_sizes(self.tasks, self._data)
         limits = row_limits([s.rows for s in sizes], [s.max_repeats for s in sizes])
-        left = np.where(frozen_T, 0, limits - self.plan.counts(start)) if rest > 0 else np.zeros(len(sizes))
-        if weights[frozen_T].any() and rest > 0 and left[weights > 0].astype(float).sum() >= rest:
-            weights[frozen_T] = 0
-            self.plan.set_weights(spread_caps(weights, left, rest), from_block=first)
+        if rest <= 0 or not weights[frozen_T].any():
+            return True
+        left = np.where(frozen_T, 0, limits - self.plan.counts(start))
+        weights[frozen_T] = 0
+        if left[weights > 0].astype(float).sum() < rest:
+            return False
+        self.plan.set_weights(spread_caps(weights, left, rest), from_block=first)
+        return True
 
     def shares(self, done: int) -> dict[str, float]:
         """Share and repeats of each task in the first `done` steps, as series."""

@@ -6,6 +6,7 @@ the streaks of the guard are in each checkpoint; a frozen task is part of the pl
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from moe_medical.distributed.topology import Topology
 from moe_medical.tracking.seesaw import SeesawStep
 from moe_medical.training.feed import Feed
 from moe_medical.training.guard import Decision, TaskGuard
+
+_LOG = logging.getLogger(__name__)
 
 
 class Guarding:
@@ -53,7 +56,7 @@ class Guarding:
         agreed = self._agree(np.array([*self._guard.weight_T, *frozen, stop], dtype=np.float64))
         self.factors_T, self.stopped = agreed[: len(self._names)], bool(agreed[-1])
         if agreed[len(self._names) : -1].any():
-            self._feed.leave_out(agreed[len(self._names) : -1] > 0, done)
+            self._leave_out(agreed[len(self._names) : -1] > 0, done)
         self._looked = done
         return decisions
 
@@ -82,7 +85,14 @@ class Guarding:
             return []
         assert seen is not None, "the main rank has seen the evaluation"
         train_loss_T = losses / np.where(tokens > 0, tokens, np.nan)
-        return guard.look(done, seen, train_loss_T, self._feed.repeats(done))
+        return guard.look(done, seen, train_loss_T.tolist(), self._feed.repeats(done).tolist())
+
+    def _leave_out(self, frozen_T: np.ndarray, done: int) -> None:
+        if not self._feed.leave_out(frozen_T, done) and self._topology.is_main:
+            names = [name for name, frozen in zip(self._names, frozen_T, strict=True) if frozen]
+            _LOG.warning(
+                "%s stay in the mixture: nothing else can feed the rest of the run", ", ".join(names)
+            )
 
     def _agree(self, values: np.ndarray) -> np.ndarray:
         return self._topology.sum(values if self._topology.is_main else np.zeros_like(values))

@@ -136,15 +136,8 @@ def identify(
     config: RunConfig, base: BaseModel, adapters: MoloraConfig, tasks: Sequence[TaskData], plan: MixPlan
 ) -> RunIdentity:
     """The identity of a run that is about to start."""
-    sections = {
-        "data": asdict(config.data),
-        "training": asdict(config.training),
-        "evaluation": asdict(config.evaluation),
-        "adapters": asdict(adapters),
-    }
-    settings: dict[str, Any] = {"run.seed": config.run.seed, "model.dtype": config.model.dtype}
-    settings |= {"model.name": base.name, "model.revision": base.revision}
-    settings |= {key: value for key, value in _flat(sections, "") if key not in _FREE}
+    settings = compared_settings(config) | {"model.name": base.name, "model.revision": base.revision}
+    settings |= _flat({"adapters": asdict(adapters)})
     paths = {task.name: str(task.spec.path) for task in tasks}
     for task in tasks:
         for split, files in task.fingerprints.items():
@@ -152,12 +145,21 @@ def identify(
     return RunIdentity(settings, {task.name: _contents(task) for task in tasks}, plan.state(), paths)
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def compared_settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted key of the run file -> value, for all but adapters and base model that a resume must keep."""
+    sections = {name: asdict(getattr(config, name)) for name in ("data", "training", "evaluation")}
+    settings = {"run.seed": config.run.seed, "model.dtype": config.model.dtype} | _flat(sections)
+    return {key: value for key, value in settings.items() if key not in _FREE}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def _changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

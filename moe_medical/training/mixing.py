@@ -23,11 +23,13 @@ from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
 from moe_medical.training.feed import Feed
+from moe_medical.training.guard import Decision
 from moe_medical.training.task_gradients import Sketch, probe_batches, probe_gram
 
 _LOG = logging.getLogger(__name__)
 _PROBE_ROWS = 8
 """Rows of each task whose gradient counts in a decision."""
+_TINY = 1e-9
 
 
 class Mixing:
@@ -43,13 +45,14 @@ class Mixing:
         self._sketch, self._micro_batch = Sketch(), training.micro_batch
         self._sums = np.zeros((2, len(feed.tasks)))
         watched = replace(config.tracking.seesaw, window=1)  # the last decision and the best are enough
-        self._tracker = SeesawTracker([task.name for task in feed.tasks], watched)
+        self._names, self._name = [task.name for task in feed.tasks], mix.dynamic.rule
+        self._tracker = SeesawTracker(self._names, watched)
 
     def add(self, sums: np.ndarray) -> None:
         """This rank's losses and target tokens of a step, in rows of shape (tasks,)."""
         self._sums += sums[:2]
 
-    def step_done(self, done: int, evaluate: Callable[[], Evaluation]) -> dict[str, float]:
+    def step_done(self, done: int, evaluate: Callable[[], Evaluation]) -> Decision | None:
         """Decide, if a decision is due after `done` steps, and not twice.
 
         Args:
@@ -57,19 +60,34 @@ class Mixing:
             evaluate: The tasks' losses now, where the rule needs them.
 
         Returns:
-            What to log of the decision: the share that each task is going to have.
+            The decision, with the share that each task is going to have as its numbers.
         """
         rule = self._rule
         if rule is None or not rule.due(done):
-            return {}
-        names = [task.name for task in self._feed.tasks]
+            return None
         moved = gram_TT = None
         if rule.needs == "evaluation":
             moved = progress(self._tracker.update(evaluate().tasks))
         if rule.needs == "gradients":
             gram_TT = self._gradients(done)
-        _, weights = rule.decide(done, moved, self._training_losses(), gram_TT)
-        return {f"mix_next/{n}": float(w) for n, w in zip(names, weights / weights.sum(), strict=True)}
+        before_T = self._feed.plan.history[-1][1]
+        first, weights = rule.decide(done, moved, self._training_losses(), gram_TT)
+        return self._told(done, first, before_T, weights / weights.sum(), moved)
+
+    def _told(
+        self, done: int, first: int, before_T: np.ndarray, after_T: np.ndarray, moved: Progress | None
+    ) -> Decision:
+        """The decision as a sentence: the three shares that change most, and the regret behind them."""
+        named, most = [], np.argsort(-np.abs(np.log((after_T + _TINY) / (before_T + _TINY))), kind="stable")
+        for i in most[:3].tolist():
+            why = ""
+            if moved is not None and np.isfinite([moved.regret_T[i], moved.regret_gate_T[i]]).all():
+                regret, gate = 100 * moved.regret_T[i], 100 * moved.regret_gate_T[i]
+                why = f" (regret {regret:.2f} %, gate {gate:.2f} %)"
+            named.append(f"{self._names[i]} {before_T[i]:.4f} -> {after_T[i]:.4f}{why}")
+        cause = f"the {self._name} rule, from block {first} on; most changed: {', '.join(named)}"
+        shares = {f"mix_next/{n}": float(w) for n, w in zip(self._names, after_T, strict=True)}
+        return Decision(done, "mixture", None, cause, shares)
 
     def state(self, done: int) -> dict[str, Any]:
         """For the checkpoint after `done` steps."""

@@ -162,7 +162,11 @@ class Observer:
         for decision in decisions:
             self._folder.add_decision(decision.to_json())
             about = f"{decision.action} {decision.task}" if decision.task else decision.action
-            self._alert("decision", f"step {decision.step}: {about}: {decision.cause}")
+            text = f"after {decision.step} steps: {about}: {decision.cause}"
+            if decision.action == "mixture":  # there are many
+                _LOG.info("%s", text)
+            else:
+                self._alert("decision", text)
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and (done % every == 0 or done == self._last_step)

@@ -97,7 +97,7 @@ class RunFolder(RunPaths):
                 yield found
 
     def add_decision(self, decision: Mapping[str, Any]) -> None:
-        """Append a line to `decisions.jsonl` unless it is there: a resumed run decides its last step again."""
+        """Append a line to `decisions.jsonl` unless it is there: a resumed run may decide it again."""
         line = json.dumps(decision, ensure_ascii=False) + "\n"
         with _writing(self.decisions), self.decisions.open("a+") as file:
             file.seek(0)

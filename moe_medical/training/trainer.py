@@ -263,9 +263,10 @@ class Trainer:
 
     def _decide_mixture(self, done: int) -> None:
         label = f"evaluating at step {done}"
-        values = self.mixing.step_done(done, lambda: self._evaluation_at(done, label, scores=False))
-        if values:
-            self.sinks.log(values | {"tokens": self.tokens_seen}, done)
+        decision = self.mixing.step_done(done, lambda: self._evaluation_at(done, label, scores=False))
+        if decision is not None and self.topology.is_main:
+            self.sinks.log({**decision.numbers, "tokens": self.tokens_seen}, done)
+            self.observer.tell_decisions([decision])
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0 and 0 < done < self.config.training.steps

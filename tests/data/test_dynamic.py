@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_medical.config.schema import DynamicMixSection, MixSection
+from moe_medical.config.schema import DynamicMixSection, MixSection, SeesawSection
 from moe_medical.data.dynamic import (
     LEAD_STEPS,
     RULES,
@@ -21,12 +22,15 @@ from moe_medical.data.dynamic import (
     DynamicRule,
     Observation,
     OdmRule,
+    Progress,
     RegretRule,
     dynamic_mix,
     effective_block,
 )
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.rules import Floats, TaskSize, row_limits, task_weights
+from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
+from moe_medical.training.mixing import progress
 
 NOW = DynamicMixSection(smoothing=0.0)
 """No memory of earlier measurements, so that one decision can be worked out by hand."""
@@ -35,9 +39,46 @@ NOW = DynamicMixSection(smoothing=0.0)
 def seen(
     count: int, steps: int = 10, repeats: float = 0.5, samples: Sequence[float] = (), **rows: object
 ) -> Observation:
-    arrays = {f"{name}": np.array(row, dtype=np.float64) for name, row in rows.items()}
+    arrays = {
+        name: row if isinstance(row, Progress) else np.array(row, dtype=np.float64)
+        for name, row in rows.items()
+    }
     given = np.array(samples if len(samples) else [100.0] * count)
     return Observation(steps, given, np.full(count, repeats), **arrays)  # type: ignore[arg-type]
+
+
+def moved(
+    now: Sequence[float] | Floats,
+    before: Sequence[float] | None = None,
+    best: Sequence[float] | None = None,
+    gate: float = 0.005,
+) -> Progress:
+    """From losses of 1, unless told otherwise, to `now`; the same gate for gain and regret."""
+    after = np.array(now, dtype=np.float64)
+    last = np.ones(len(after)) if before is None else np.array(before, dtype=np.float64)
+    least = last if best is None else np.array(best, dtype=np.float64)
+    behind = np.maximum(0, after - least) / least
+    return Progress(last - after, gate * last, behind, np.full(len(after), gate))
+
+
+def first(count: int) -> Progress:
+    return Progress(*np.full((4, count), np.nan))
+
+
+class Watch:
+    """Losses of probe rows -> what a rule is told, by the tracker, as in a run."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"t{i}" for i in range(count)]
+        self.tracker = SeesawTracker(self.names, SeesawSection(window=1))
+
+    def rows(self, rows_TN: Floats) -> Progress:
+        probes = {n: ProbeLosses(tuple(row), len(row)) for n, row in zip(self.names, rows_TN, strict=True)}
+        return progress(self.tracker.update(probes))
+
+    def __call__(self, loss_T: Sequence[float] | Floats) -> Progress:
+        """Without noise: one row each."""
+        return self.rows(np.array(loss_T, dtype=np.float64)[:, None])
 
 
 def regret(shares: Sequence[float], section: DynamicMixSection = NOW) -> RegretRule:
@@ -54,12 +95,12 @@ def observations(draw: st.DrawFn, count: int) -> Observation:
 
     gradients = np.array([row(-3, 3) for _ in range(2)])
     absent = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    broken = absent & draw(st.booleans())
     return Observation(
         draw(st.integers(1, 10**5)),
         np.where(absent, 0, np.floor(row(0, 500))),
         row(0, 5),
-        np.where(absent & draw(st.booleans()), np.nan, row(0, 8)),
-        draw(st.none() | st.just(row(0, 0.5))),
+        Progress(*(np.where(broken, np.nan, r) for r in (row(-8, 8), row(0, 1), row(0, 8), row(0, 1)))),
         np.where(absent, np.nan, row(0, 8)),
         gradients.T @ gradients,
     )
@@ -134,51 +175,50 @@ def test_a_rule_names_what_it_needs(name: str) -> None:
 # --- regret -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_evaluation_only_records() -> None:
-    assert regret([0.75, 0.25]).decide(seen(2, loss_T=[1, 9])).tolist() == [0.75, 0.25]
+def test_the_first_evaluation_changes_nothing() -> None:
+    rule = regret([0.75, 0.25])
+    state = rule.state()
+    assert rule.decide(seen(2, progress=first(2))).tolist() == [0.75, 0.25]
+    assert rule.state() == state
 
 
 def test_a_task_that_regressed_gets_more_and_goes_back_when_it_has_recovered() -> None:
-    rule = regret([0.5, 0.3, 0.2])
-    rule.decide(seen(3, loss_T=[1, 1, 1]))
-    # 3 % beyond the best is far above the gate of half a percent: as much as the bound allows.
-    up = rule.decide(seen(3, loss_T=[1, 1, 1.03]))
-    assert up == pytest.approx([0.125, 0.075, 0.8], abs=0.01) or up[2] == pytest.approx(4 * 0.2 / 1.6)
+    rule, watch = regret([0.5, 0.3, 0.2]), Watch(3)
+    rule.decide(seen(3, progress=watch([1, 1, 1])))
+    # 3 % beyond the best is far above the gate: as much as the bound allows.
+    up = rule.decide(seen(3, progress=watch([1, 1, 1.03])))
+    assert up[2] == pytest.approx(4 * 0.2 / 1.6)
     assert up[0] / up[1] == pytest.approx(5 / 3)
-    rule.decide(seen(3, loss_T=[1, 1, 1.0]))
-    assert rule.decide(seen(3, loss_T=[1, 1, 1.0])) == pytest.approx([0.5, 0.3, 0.2])
+    rule.decide(seen(3, progress=watch([1, 1, 1.0])))
+    assert rule.decide(seen(3, progress=watch([1, 1, 1.0]))) == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_regret_counts_from_the_gate_to_twice_the_gate() -> None:
     """At a gate of 1 %: nothing at 1 %, half way from the plateau at 1.5 %, all at 2 %."""
-    shares = []
-    for rise in (0.0099, 0.015, 0.02, 0.5):
-        rule = regret([0.5, 0.5])
-        rule.decide(seen(2, loss_T=[1, 1]))
-        loss = np.array([1, 1 + rise])
-        shares.append(rule.decide(seen(2, loss_T=loss, error_T=0.005 * loss))[1])
+    shares = [
+        regret([0.5, 0.5]).decide(seen(2, progress=moved([1, 1 + rise], gate=0.01)))[1]
+        for rise in (0.0099, 0.015, 0.02, 0.5)
+    ]
     assert shares == pytest.approx([0.5, 2 / 3, 0.8, 0.8])
 
 
 def test_noise_moves_nothing() -> None:
-    """2 % up and down is noise under a standard error of 1.5 %, a regress without."""
-    for error, expected in ((0.015, 0.5), (0.0, 0.8)):
-        rule = regret([0.5, 0.5])
-        for i in range(6):
-            loss = np.array([1 + 0.02 * (i % 2), 1])
-            shares = rule.decide(seen(2, loss_T=loss, error_T=error * loss))
+    """2 % up and down is noise under a gate of 3 %, a regress without."""
+    for gate, expected in ((0.03, 0.5), (0.002, 0.8)):
+        rule, losses = regret([0.5, 0.5]), [[1 + 0.02 * (i % 2), 1] for i in range(6)]
+        for before, now in pairwise(losses):
+            shares = rule.decide(seen(2, progress=moved(now, before, best=[1, 1], gate=gate)))
         assert shares == pytest.approx([expected, 1 - expected])
 
 
 def test_share_follows_the_progress_per_sample_and_leaves_the_plateau() -> None:
     rule = regret([0.25, 0.25, 0.25, 0.25], replace(NOW, rate=0.5))
-    rule.decide(seen(4, loss_T=[1, 1, 1, 1]))
     # As much gain from half the samples; the plateau gives up share; the last gains as the mixture does.
     samples = [50, 100, 100, 100]
-    shares = rule.decide(seen(4, samples=samples, loss_T=[0.8, 0.8, 1, 0.83]))
+    shares = rule.decide(seen(4, samples=samples, progress=moved([0.8, 0.8, 1, 0.83])))
     assert shares[0] > shares[1] > shares[3] > shares[2]
-    gains, losses = np.array([0.2, 0.2, 0, 0.17]), np.array([0.8, 0.8, 1, 0.83])
-    usual, noise = gains.sum() / 350 * np.array(samples), 0.005 * losses
+    gains = np.array([0.2, 0.2, 0, 0.17])
+    usual, noise = gains.sum() / 350 * np.array(samples), 0.005
     wanted = np.sqrt(np.clip((gains + noise) / (usual + noise), 1 / 4, 4))
     assert shares == pytest.approx(wanted / wanted.sum())
 
@@ -186,8 +226,7 @@ def test_share_follows_the_progress_per_sample_and_leaves_the_plateau() -> None:
 def test_a_task_too_small_to_show_a_gain_keeps_its_share() -> None:
     """The mixture gains 10 % on 100 samples: on 2 samples nobody could tell."""
     rule = regret([0.33, 0.33, 0.33, 0.01])
-    rule.decide(seen(4, loss_T=[1, 1, 1, 1]))
-    shares = rule.decide(seen(4, samples=[100, 100, 100, 2], loss_T=[0.9, 0.9, 0.9, 1]))
+    shares = rule.decide(seen(4, samples=[100, 100, 100, 2], progress=moved([0.9, 0.9, 0.9, 1])))
     assert shares[3] == pytest.approx(0.01, rel=0.4)
 
 
@@ -198,22 +237,20 @@ def test_an_overfitting_task_is_not_fed(repeats: float, train: float | None, fed
     """Beyond its first epoch, evaluation loss up and training loss down."""
     rule = regret([0.5, 0.5])
     rows = [{} if train is None else {"train_loss_T": [1, t]} for t in (1, train)]
-    rule.decide(seen(2, repeats=repeats, loss_T=[1, 1], **rows[0]))
-    shares = rule.decide(seen(2, repeats=repeats, loss_T=[1, 1.1], **rows[1]))
+    rule.decide(seen(2, repeats=repeats, progress=first(2), **rows[0]))
+    shares = rule.decide(seen(2, repeats=repeats, progress=moved([1, 1.1]), **rows[1]))
     assert bool(shares[1] > 0.5) is fed
 
 
 def test_a_loss_that_is_not_a_number_changes_nothing() -> None:
-    rule = regret([0.5, 0.5])
-    rule.decide(seen(2, loss_T=[1, 1]))
-    assert rule.decide(seen(2, loss_T=[1, np.nan])) == pytest.approx([0.5, 0.5])
-    json.dumps(rule.state(), allow_nan=False)
+    rule, watch = regret([0.5, 0.5]), Watch(2)
+    for losses in ([1, 1], [1, np.nan], [1, 1]):
+        assert rule.decide(seen(2, progress=watch(losses))) == pytest.approx([0.5, 0.5])
+        json.dumps(rule.state(), allow_nan=False)
 
 
 def test_smoothing_limits_a_step() -> None:
-    rule = regret([0.5, 0.5], replace(NOW, smoothing=0.9))
-    rule.decide(seen(2, loss_T=[1, 1]))
-    shares = rule.decide(seen(2, loss_T=[1, 2]))
+    shares = regret([0.5, 0.5], replace(NOW, smoothing=0.9)).decide(seen(2, progress=moved([1, 2])))
     assert shares[1] / shares[0] == pytest.approx(4**0.1, rel=0.01)
 
 
@@ -290,10 +327,10 @@ def test_no_rule_no_decisions() -> None:
 
 def test_decisions_fall_at_blocks_and_take_effect_after_the_lead() -> None:
     plan, mixing = steered(samples=300)
-    decided = []
+    watch, decided = Watch(3), []
     for step in range(1, 300 // BATCH + 1):
         if mixing.due(step):
-            block, weights = mixing.decide(step, loss_T=measured(step))
+            block, weights = mixing.decide(step, watch(measured(step)))
             assert not mixing.due(step)
             assert block * BLOCK >= step * BATCH + LEAD_STEPS * BATCH
             assert plan.weights_at(block) == pytest.approx(weights, abs=1e-8)
@@ -307,7 +344,7 @@ def test_each_decision_has_a_later_block_even_where_steps_and_blocks_do_not_meet
     plan = MixPlan([1000, 1000], [1, 1], 10, 0, [None, None])
     mixing = dynamic_mix(section, [TaskSize("a", 1000), TaskSize("b", 1000)], plan, 7, 1500)
     assert mixing is not None
-    blocks = [mixing.decide(s, loss_T=np.ones(2))[0] for s in range(1, 215) if mixing.due(s)]
+    blocks = [mixing.decide(s, first(2))[0] for s in range(1, 215) if mixing.due(s)]
     assert blocks == sorted(set(blocks))
     assert len(blocks) > 130
 
@@ -316,17 +353,20 @@ def drive(read_ahead: int, restart_every: int = 0, steps: int = 150) -> list[tup
     """The order that a run reads which prefetches so many steps and starts anew now and then."""
     samples = steps * BATCH
     plan, mixing = steered(samples)
+    watch = Watch(3)
     order: list[tuple[int, int, int]] = []
     for step in range(1, steps + 1):
         end = min(samples, (step + read_ahead) * BATCH)
         order += [tuple(plan.at(g)) for g in range(len(order), end)]  # type: ignore[misc]
         if mixing.due(step):
-            mixing.decide(step, loss_T=measured(step))
+            mixing.decide(step, watch(measured(step)))
         if restart_every and step % restart_every == 0:
-            states = json.loads(json.dumps([plan.state(step * BATCH), mixing.state()]))
-            plan, mixing = steered(samples)
+            now = [plan.state(step * BATCH), mixing.state(), watch.tracker.state()]
+            states = json.loads(json.dumps(now, allow_nan=False))
+            (plan, mixing), watch = steered(samples), Watch(3)
             plan.restore(states[0])
             mixing.load_state(states[1])
+            watch.tracker.load_state(states[2])
             del order[step * BATCH :]
     return order
 
@@ -367,7 +407,7 @@ def test_caps_hold_to_the_sample_under_every_dynamic_rule(
     watched = data.draw(st.lists(observations(len(rows)), min_size=3, max_size=3))
     for step in filter(mixing.due, range(1, samples + 1)):
         of = watched[step % 3]
-        mixing.decide(step, of.loss_T, of.error_T, of.train_loss_T, of.gram_TT)
+        mixing.decide(step, of.progress, of.train_loss_T, of.gram_TT)
     counts = plan.counts(samples)
     assert counts.sum() == samples
     assert (counts <= limits).all()
@@ -375,7 +415,7 @@ def test_caps_hold_to_the_sample_under_every_dynamic_rule(
 
 def test_a_rule_goes_on_over_data_that_has_changed() -> None:
     """6000 rows of `a` have become 1000: the state tells of samples that the new plan never gave."""
-    batch, samples, loss = 32, 6400, np.full(3, 2.0)
+    batch, samples, loss, watch = 32, 6400, np.full(3, 2.0), Watch(3)
     mix = MixSection(rule="proportional", block=64, dynamic=DynamicMixSection(rule="regret", every_blocks=2))
 
     def started(rows: Sequence[int]) -> tuple[MixPlan, DynamicMix, Floats]:
@@ -388,7 +428,7 @@ def test_a_rule_goes_on_over_data_that_has_changed() -> None:
     _, mixing, _ = started([6000, 3000, 1000])
     for step in filter(mixing.due, range(1, 100)):
         loss *= 0.97
-        mixing.decide(step, loss)
+        mixing.decide(step, watch(loss))
     state = mixing.state()
     plan, mixing, limits = started([1000, 3000, 1000])
     mixing.load_state(state, same_plan=False)
@@ -396,7 +436,7 @@ def test_a_rule_goes_on_over_data_that_has_changed() -> None:
     decisions = []
     for step in filter(mixing.due, range(100, 201)):
         loss *= 0.97
-        decisions.append(mixing.decide(step, loss)[1])
+        decisions.append(mixing.decide(step, watch(loss))[1])
         given = mixing.state()["given"]
         assert given == plan.counts(step * batch).tolist()
     assert len(decisions) > 20
@@ -410,9 +450,10 @@ def test_a_rule_goes_on_over_data_that_has_changed() -> None:
 def test_a_capped_task_is_spread_over_what_is_left_of_the_run() -> None:
     """`c` has 27 samples to give; pushed as far as it goes, it is still there at the end."""
     plan, mixing = steered(samples=800)
+    watch = Watch(3)
     for step in range(1, 201):
         if mixing.due(step):
-            mixing.decide(step, loss_T=np.array([1, 1, 1 + 0.1 * step]))
+            mixing.decide(step, watch([1, 1, 1 + 0.1 * step]))
     last = plan.counts(800)[2] - plan.counts(640)[2]
     assert plan.counts(800)[2] == 27
     assert last >= 2
@@ -425,8 +466,8 @@ def test_by_tokens_moves_shares_of_tokens() -> None:
     plan = MixPlan([1000, 1000], weights, BLOCK, 5, [None, None])
     mixing = dynamic_mix(mix, sizes, plan, BATCH, 800)
     assert mixing is not None
-    mixing.decide(4, loss_T=np.array([1.0, 1.0]))
-    _, found = mixing.decide(8, loss_T=np.array([2.0, 1.0]))
+    mixing.decide(4, first(2))
+    _, found = mixing.decide(8, moved([2, 1]))
     static = weights * [100, 10]
     static /= static.sum()
     assert found[0] * 100 / (found[1] * 10) == pytest.approx(4 * static[0] / static[1])
@@ -438,7 +479,7 @@ def test_all_ranks_use_the_numbers_they_agree_on() -> None:
     sizes = [TaskSize("a", 900), TaskSize("b", 900)]
     mixing = dynamic_mix(section, sizes, plan, BATCH, 800, agree=lambda weights: np.array([0.75, 0.25]))
     assert mixing is not None
-    block, _ = mixing.decide(4, loss_T=np.ones(2))
+    block, _ = mixing.decide(4, first(2))
     assert plan.weights_at(block).tolist() == pytest.approx([0.75, 0.25])
 
 
@@ -477,8 +518,10 @@ class Learners:
     def loss(self) -> Floats:
         return self.floor + self.height * (1 + self.exposure / self.scale) ** -self.power
 
-    def evaluate(self, error: float) -> Floats:
-        return self.loss() * (1 + self.noise.normal(0, error, len(ROWS)))
+    def evaluate(self, error: float, probe: int = 64) -> Floats:
+        """Losses of the probe rows, (tasks, rows), such that their means are noisy by `error`."""
+        noise = self.noise.normal(0, error * np.sqrt(probe), (len(ROWS), probe))
+        return self.loss()[:, None] * (1 + noise)
 
 
 def trained(seed: int, mix: MixSection, interference: float, blocks: int = 100) -> tuple[Floats, Floats]:
@@ -489,14 +532,14 @@ def trained(seed: int, mix: MixSection, interference: float, blocks: int = 100) 
     plan = MixPlan(rows, task_weights(mix, sizes, samples), mix.block, seed, [4.0] * len(ROWS))
     mixing = dynamic_mix(mix, sizes, plan, batch, samples)
     learners, given, shares = Learners(seed, interference), np.zeros(len(ROWS), dtype=np.int64), []
+    watch = Watch(len(ROWS))
     for block in range(1, blocks + 1):
         shares.append(plan.weights_at(block - 1))
         now = plan.counts(block * mix.block)
         learners.train((now - given).astype(np.float64))
         given, step = now, block * mix.block // batch
         if mixing and mixing.due(step):
-            loss = learners.evaluate(error)
-            mixing.decide(step, loss_T=loss, error_T=loss * error * np.sqrt(2))
+            mixing.decide(step, watch.rows(learners.evaluate(error)))
     return learners.loss(), np.array(shares)
 
 

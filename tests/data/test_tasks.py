@@ -61,6 +61,33 @@ def test_every_unknown_override_is_told_with_the_tasks_there_are(recipe: Path, c
     ]
 
 
+def test_only_some_tasks_are_taken_in_recipe_order_and_cleaned_with_all(
+    recipe: Path, chat: ChatFormat
+) -> None:
+    both = DataSection(str(recipe), only=["even", "last_word"])
+    assert [t.name for t in load_tasks(both, "validation", chat)] == ["last_word", "even"]
+    twin = json.loads((recipe.parent / "even.train.jsonl").read_text().splitlines()[3])
+    with (recipe.parent / "last_word.test.jsonl").open("a") as file:
+        file.write(json.dumps(twin | {"id": "twin"}) + "\n")
+    for name in ("even", "last_word"):  # the same prompt, so that a row of one repeats one of the other
+        _edit(recipe.parent / f"{name}.yaml", prompt="{input}")
+    _edit(recipe, hygiene={"overlap": "drop"})
+    (even,) = load_tasks(DataSection(str(recipe), only=["even"]), "validation", chat)
+    (whole,) = [t for t in load_tasks(DataSection(str(recipe)), "validation", chat) if t.name == "even"]
+    assert even.name == "even"
+    assert len(even.train) == len(whole.train) < 20
+
+
+def test_an_unknown_task_among_the_only_ones_is_told(recipe: Path, chat: ChatFormat) -> None:
+    section = DataSection(str(recipe), only=["even", "odd"], tasks={"even": TaskOverride(weight=0)})
+    with pytest.raises(ConfigError) as caught:
+        load_tasks(section, "validation", chat)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  data.only.odd is not a task of {recipe}. Tasks there: even, last_word.",
+        "  data.tasks give every task weight 0. Leave one above 0.",
+    ]
+
+
 def test_all_weights_zero_is_refused_but_one_may_be(recipe: Path, chat: ChatFormat) -> None:
     off = TaskOverride(weight=0)
     with pytest.raises(ConfigError, match=r"data\.tasks give every task weight 0\. Leave one above 0\."):

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_medical.evaluation.metrics import METRICS, normalise, score
+from moe_medical.evaluation.metric import Answers
+from moe_medical.evaluation.metrics import ALL_METRICS, METRICS, VARIANTS, all_scores, left_out, score
+from moe_medical.evaluation.readings import normalise
+from moe_medical.evaluation.text_metrics import HAS_JIEBA
 
 LABELS = ["a", "b", "c"]
 label_rows = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=12)
@@ -38,22 +41,35 @@ def test_normalise_is_idempotent(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
 
 
-@pytest.mark.parametrize("metric", sorted(METRICS))
+NAMES = sorted(name for name in ALL_METRICS if HAS_JIEBA or not name.endswith("_jieba"))
+
+
+@pytest.mark.parametrize("metric", NAMES)
 def test_every_metric_gives_one_to_a_perfect_prediction(metric: str) -> None:
     numbers, entities = ["1", "2", "3"], ["drug: a; b", "none"]
     own = {"spearman": numbers, "pearson": numbers, "entity_f1": entities}
-    rows = own.get(metric, ["yes", "acute viral hepatitis", "no"])
+    report = ["报告如下：\n主诉：咳嗽三天\n诊断：感冒"]
+    own |= dict.fromkeys(("rouge_l_sections", "rouge_l_sections_jieba"), report)
+    words = ["yes it is so", "acute viral hepatitis B", "no it is not"]
+    rows = own.get(metric, words if metric == "bleu4" else ["yes", "acute viral hepatitis", "no"])
     assert score(metric, rows, rows) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("metric", sorted(METRICS))
+@pytest.mark.parametrize("metric", NAMES)
 def test_no_metric_rewards_silence(metric: str) -> None:
     targets = ["yes", "no"] if metric == "f1_yes" else ["yes: 1", "yes: 2"]
     assert score(metric, ["", ""], targets) == 0.0
 
 
+def test_variants_are_metrics() -> None:
+    assert set(VARIANTS) <= set(METRICS)
+    assert {name for names in VARIANTS.values() for name in names} <= set(ALL_METRICS)
+
+
 def test_unknown_metric_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"metric must be one of exact_match, .*pearson, got 'bleurt'"):
+    with pytest.raises(
+        ValueError, match=r"metric must be one of exact_match, .*sections_jieba, got 'bleurt'"
+    ):
         score("bleurt", ["a"], ["a"])
 
 
@@ -110,7 +126,9 @@ def test_label_f1_equals_sklearn(rows: list[tuple[str, str]]) -> None:
     known = sorted(set(targets))
     expected = f1_score(targets, predictions, labels=known, average="macro", zero_division=0.0)
     assert score("macro_f1", predictions, targets) == pytest.approx(expected)
-    assert score("micro_f1", predictions, targets) == pytest.approx(score("accuracy", predictions, targets))
+    for name, average in (("macro_f1_union", "macro"), ("micro_f1", "micro"), ("weighted_f1", "weighted")):
+        expected = f1_score(targets, predictions, average=average, zero_division=0.0)
+        assert score(name, predictions, targets) == pytest.approx(expected)
 
 
 def test_f1_yes_by_hand() -> None:
@@ -148,6 +166,28 @@ def test_entity_f1_by_hand() -> None:
     assert score("entity_f1", [prediction], [target]) == pytest.approx(4 / 7)
 
 
+SPANS = [("disease", "old asthma"), ("drug", "aspirin"), ("drug", "insulin"), ("gene", "tp53")]
+span_rows = st.tuples(st.sets(st.sampled_from(SPANS)), st.sets(st.sampled_from(SPANS)))
+
+
+@settings(deadline=None)
+@given(st.lists(span_rows, min_size=1, max_size=5))
+def test_entity_f1_equals_seqeval(rows: list[tuple[set[tuple[str, str]], set[tuple[str, str]]]]) -> None:
+    """Each row as a text with all spans one behind the other, tagged in BIO."""
+    from seqeval.metrics import f1_score
+
+    def tags(found: set[tuple[str, str]]) -> list[str]:
+        words = [(span, i) for span in SPANS for i, _ in enumerate(span[1].split())]
+        return [f"{'I' if i else 'B'}-{span[0]}" if span in found else "O" for span, i in words]
+
+    def lines(found: set[tuple[str, str]]) -> str:
+        return "\n".join(f"{kind}: {mention}" for kind, mention in sorted(found)) or "none"
+
+    predictions, targets = [lines(p) for p, _ in rows], [lines(t) for _, t in rows]
+    expected = f1_score([tags(t) for _, t in rows], [tags(p) for p, _ in rows], zero_division=1)
+    assert score("entity_f1", predictions, targets) == pytest.approx(expected)
+
+
 def test_entities_may_be_none() -> None:
     assert score("entity_f1", ["None.", "none"], ["none", "drug: none"]) == 1.0
     assert score("entity_f1", ["无"], ["无"], "zh") == 1.0
@@ -173,6 +213,76 @@ def test_rouge_l_equals_the_library() -> None:
     prediction, target = "no acute fracture is seen", "there is no fracture seen"
     expected = RougeScorer(["rougeL"]).score(target, prediction)["rougeL"].fmeasure
     assert score("rouge_l", [prediction, target], [target, target]) == pytest.approx((expected + 1) / 2)
+
+
+def test_words_of_bleu_equal_sacrebleu() -> None:
+    import sacrebleu
+
+    predictions, targets = (
+        ["no acute fracture is seen.", "a b c d"],
+        ["an acute fracture is seen.", "a b c e"],
+    )
+    expected = sacrebleu.corpus_bleu(predictions, [targets]).score / 100
+    assert 0 < score("bleu4", predictions, targets) == pytest.approx(expected)
+
+
+def test_open_questions_as_llava_med_scores_them() -> None:
+    # "no" thrice, "lung" once; of the target's words "left" is missing
+    prediction, target = "no no no lung", "no left lung"
+    assert score("token_recall_llava", [prediction], [target]) == pytest.approx(4 / 5)
+    assert score("exact_match_llava", [prediction], [target]) == pytest.approx(2 / 4)
+    # counted once each
+    assert score("token_recall", [prediction], [target]) == pytest.approx(2 / 3)
+    assert score("token_precision", [prediction], [target]) == pytest.approx(2 / 4)
+    assert score("exact_match", [prediction], [target]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "found"),
+    [
+        ("The lung is normal", "no", False),
+        ("No, it is not.", "no", True),
+        ("the left lung", "left lung", True),
+        ("the lung, left", "left lung", False),
+        ("", "no", False),
+    ],
+)
+def test_closed_answers_are_found_as_whole_words(prediction: str, target: str, found: bool) -> None:
+    assert score("contains_answer", [prediction], [target]) == found
+
+
+def test_all_scores_tell_the_variants_that_apply() -> None:
+    labels = all_scores("micro_f1", Answers(["a1", "b1", "b1", "b1"], ["a1", "a1", "b1", "c1"]), 0)
+    # a1: 2/3, b1: 1/2, c1: 0; targets 2, 1, 1
+    assert labels.all == {
+        "micro_f1": 0.5,
+        "weighted_f1": pytest.approx((2 * 2 / 3 + 1 / 2) / 4),
+        "macro_f1": pytest.approx((2 / 3 + 1 / 2) / 3),
+    }
+    assert (labels.score, labels.low, labels.high) == (0.5, None, None)
+    letters = all_scores("accuracy", Answers(["A"], ["A"]), 10)
+    assert set(letters.all) == {"accuracy", "macro_f1"}
+    assert (letters.low, letters.high) == (1.0, 1.0)
+    plain = all_scores("rouge_l_char", Answers(["咳嗽"], ["咳嗽三天"], "zh"), 0)
+    assert "rouge_l_sections" not in plain.all
+    report = all_scores("rouge_l_char", Answers(["如下：\n诊断：感冒"], ["如下：\n诊断：感冒"], "zh"), 0)
+    assert report.all["rouge_l_sections"] == 1.0
+
+
+def test_what_is_left_out_without_jieba_is_told() -> None:
+    names = ["rouge_l_jieba", "rouge_l_sections_jieba"]
+    assert left_out(["rouge_l_char", "accuracy"]) == ([] if HAS_JIEBA else names)
+
+
+@pytest.mark.skipif(not HAS_JIEBA, reason="jieba is no dependency")
+def test_rouge_of_jieba_words_is_that_of_words_between_spaces() -> None:
+    import jieba
+
+    prediction, target = "患者咳嗽三天", "患者反复咳嗽五天"
+    spaced = [" ".join(jieba.lcut(text)) for text in (prediction, target)]
+    expected = score("rouge_l", [spaced[0]], [spaced[1]])
+    assert 0 < expected < 1
+    assert score("rouge_l_jieba", [prediction], [target], "zh") == pytest.approx(expected)
 
 
 def test_bleu_equals_sacrebleu() -> None:

@@ -17,7 +17,13 @@ import psutil
 
 from support.tiny import ROOT
 
-TIMINGS = {"step_seconds", "tokens_per_second", "health/data_wait_seconds", "health/useful_positions"}
+TIMINGS = {
+    "step_seconds",
+    "tokens_per_second",
+    "health/data_wait_seconds",
+    "health/memory_gib",
+    "health/useful_positions",
+}
 LAUNCH = [sys.executable, "-m", "moe_medical", "launch"]
 PATIENCE_SECONDS = 120.0
 

@@ -17,7 +17,7 @@ from moe_medical.config.schema import SeesawSection
 from moe_medical.tracking.conflict import Conflict
 from moe_medical.tracking.report.record import EvaluationPoint, Floats, RunRecord
 from moe_medical.tracking.routing_stats import RoutingStats
-from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
+from moe_medical.tracking.seesaw import SeesawTracker
 
 Verdict = Literal["better", "worse", "within noise", ""]
 _ROUTING_LOOKS = 10
@@ -93,7 +93,7 @@ def standings(run: RunRecord) -> list[Standing]:
         return []
     last, first = run.evaluations[-1], run.evaluations[0]
     whole = changes(first, last, run.seesaw) if len(run.evaluations) > 1 else {}
-    end = seesaw_steps(run)[-1]
+    end = run.seesaw_steps[-1]
     left = {t for t, r, g in zip(end.tasks, end.regret_T, end.regret_gate_T, strict=True) if r > g}
     named = [task for task in run.tasks if task in last.tasks]
     return [_standing(run, t, whole.get(t, Change(NAN, NAN)).verdict, t in left) for t in named]
@@ -130,12 +130,6 @@ def _number(value: float | None) -> float:
     return NAN if value is None else value
 
 
-def seesaw_steps(run: RunRecord) -> list[SeesawStep]:
-    """The seesaw at each evaluation, from the probe rows; the tasks in the order of `run.tasks`."""
-    tracker = SeesawTracker(run.tasks, run.seesaw)
-    return [tracker.update(evaluation.tasks) for evaluation in run.evaluations]
-
-
 @dataclass(frozen=True)
 class Swings:
     """What each task gained or paid from evaluation to evaluation."""
@@ -156,7 +150,7 @@ class Swings:
 
 def swings(run: RunRecord) -> Swings:
     """Over all intervals between two evaluations."""
-    steps = seesaw_steps(run)[1:]
+    steps = run.seesaw_steps[1:]
     shape = (len(run.tasks), len(steps))
     delta_TE = np.array([s.delta_T for s in steps]).T.reshape(shape)
     gate_TE = np.array([s.gate_T for s in steps]).T.reshape(shape)

@@ -24,6 +24,7 @@ from moe_medical.tracking.conflict import Conflict
 from moe_medical.tracking.privacy import redact
 from moe_medical.tracking.routing_stats import RoutingStats
 from moe_medical.tracking.run_paths import RunPaths
+from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
 from moe_medical.tracking.sinks import read_metrics
 
 Floats = NDArray[np.float64]
@@ -113,8 +114,15 @@ class RunRecord:
         return int(max(seen, default=0))
 
     @property
-    def finished(self) -> bool:
-        return bool(self.rows)
+    def ended(self) -> bool:
+        """Whether it has left its results, or has done all its steps."""
+        return bool(self.rows) or (self.total_steps is not None and self.last_step >= self.total_steps)
+
+    @cached_property
+    def seesaw_steps(self) -> list[SeesawStep]:
+        """The seesaw at each evaluation, from the probe rows; the tasks in the order of `tasks`."""
+        tracker = SeesawTracker(self.tasks, self.seesaw)
+        return [tracker.update(evaluation.tasks) for evaluation in self.evaluations]
 
     @cached_property
     def _curves(self) -> dict[str, Curve]:

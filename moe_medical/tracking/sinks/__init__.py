@@ -7,14 +7,24 @@ passed on, never text of a record. Sinks live on the main rank.
 This is the only package that imports wandb, tensorboard and trackio.
 """
 
+from moe_medical.tracking.sinks.background import Background
 from moe_medical.tracking.sinks.jsonl import JsonlSink, read_metrics
 from moe_medical.tracking.sinks.opening import open_sinks
 from moe_medical.tracking.sinks.series import NAMESPACES, summary_of
 from moe_medical.tracking.sinks.sink import Cell, Sink, Sinks
-from moe_medical.tracking.sinks.wandb_sink import WandbSink, has_api_key, import_wandb
+from moe_medical.tracking.sinks.wandb_sink import (
+    HEAT_MAP,
+    HEAT_MAP_FIELDS,
+    WandbSink,
+    has_api_key,
+    import_wandb,
+)
 
 __all__ = [
+    "HEAT_MAP",
+    "HEAT_MAP_FIELDS",
     "NAMESPACES",
+    "Background",
     "Cell",
     "JsonlSink",
     "Sink",

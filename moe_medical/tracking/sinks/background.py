@@ -22,7 +22,7 @@ _Call = Callable[[Sink], object]
 
 
 class Background(Sink):
-    """A sink behind a queue: no call takes longer than a few microseconds, and none fails.
+    """A sink behind a queue: no call but `close` waits, and none fails.
 
     When the queue is full the oldest call is dropped. What was lost is told once, in `close`.
 
@@ -122,9 +122,8 @@ class Background(Sink):
             _LOG.warning("%s failed (%s); training goes on", self.name, type(error).__name__)
 
     def _tell_losses(self) -> None:
-        lost = self.dropped + len(self._waiting)
         if self._thread.is_alive():
-            _LOG.warning("%s does not answer: left behind. metrics.jsonl is complete.", self.name)
-        if lost or self.failures:
-            told = "%s: %d rows lost, %d failures. metrics.jsonl is complete."
-            _LOG.warning(told, self.name, lost, self.failures)
+            _LOG.warning("%s does not answer and is left behind", self.name)
+        lost = self.dropped + len(self._waiting)
+        if lost:
+            _LOG.warning("%s: %d rows lost. metrics.jsonl is complete.", self.name, lost)

@@ -1,7 +1,13 @@
-"""W&B. Online falls back to offline, offline to nothing, with one warning and never an exception.
+"""W&B. Online falls back to offline, offline to a second file, that to nothing: one warning, no exception.
 
 Nothing passes `step=`, which drops a step that goes backwards after a resume; `global_step` and `tokens` are
-logged as values.
+logged as values. A resumed run keeps its id. Offline it begins another file, and rows between the checkpoint
+and the end of the earlier file are in both; online they are logged twice with the same `tokens`.
+
+Measured with wandb 0.31 and rows of 200 series: `log` takes 1 to 3 ms, and blocks for ever, after 33 rows,
+when W&B's own process hangs; `init` takes 19 s, and `finish` is not bounded by `finish_timeout`, when the
+server accepts and never answers. Hence `Background`. A full disk or a killed process costs rows and at most
+one exception.
 """
 
 from __future__ import annotations
@@ -37,12 +43,19 @@ WANDB_SETTINGS: Mapping[str, Any] = {
 HEAT_MAP = "wandb/confusion_matrix/v1"
 """A chart that every server has; an own one would have to be made there first."""
 HEAT_MAP_FIELDS = {"Actual": "down", "Predicted": "across", "nPredictions": "value"}
+PUBLIC_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
+"""Of the public server, new and old name: a netrc may have either."""
 ALERT_WAIT_SECONDS = 1800
 """Between two alerts of one title."""
 
 
 def import_wandb() -> Any:
-    """The wandb package, imported when first needed: it takes about a second."""
+    """The wandb package, imported when first needed: it takes about a second.
+
+    It would report its own errors, with tracebacks, to the server; here it does so only where the user has
+    asked for it.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     return wandb
@@ -53,9 +66,10 @@ def has_api_key(environ: Mapping[str, str] | None = None) -> bool:
     environ = os.environ if environ is None else environ
     if environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    own = urlsplit(environ.get("WANDB_BASE_URL") or "").hostname
     try:
-        return netrc.netrc(environ.get("NETRC")).authenticators(host or "") is not None
+        known = netrc.netrc(environ.get("NETRC"))
+        return any(known.authenticators(host) for host in ([own] if own else PUBLIC_HOSTS))
     except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
@@ -188,12 +202,12 @@ class WandbSink(Sink):
 
 
 def _modes(mode: str) -> list[str]:
-    """Modes to try, best first."""
+    """Modes to try, best first; the last one also takes over when W&B's own process dies."""
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or "online"
-    if mode == "online":
-        return ["online", "offline"] if has_api_key() else ["offline"]
-    return [mode]
+    if mode == "online" and has_api_key():
+        return ["online", "offline"]
+    return ["offline", "offline"] if mode in ("online", "offline") else [mode]
 
 
 def _summable(values: Mapping[str, float]) -> dict[str, float]:

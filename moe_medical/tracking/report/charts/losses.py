@@ -10,21 +10,21 @@ import altair as alt
 from moe_medical.tracking.report.charts.shared import (
     GAIN,
     GREY,
-
     WIDTH,
+    columns,
     data,
-    headers,
     run_colour,
+    small_multiples,
     task_axis,
     thinned,
 )
 from moe_medical.tracking.report.findings import Change, standings, versus
 from moe_medical.tracking.report.record import RunRecord
 
-_POINTS = 12_000
+_POINTS = 9_000
 """Of all training curves of a report together."""
 _COLUMNS, _PANEL = 5, (158, 84)
-_TOKENS = alt.Axis(format="~s", tickCount=4, grid=False)
+_TOKENS = alt.Axis(labelExpr="datum.value == 0 ? '0' : datum.label", format="~s", tickCount=4, grid=False)
 
 
 def macro(runs: Sequence[RunRecord]) -> Any | None:
@@ -44,7 +44,7 @@ def _macro(runs: Sequence[RunRecord], series: str, title: str) -> Any | None:
     if not rows:
         return None
     names = [run.name for run in runs]
-    source = data(**_columns(("run", "step", "tokens", "value"), rows))
+    source = data(**columns("run step tokens value", rows))
     return (
         alt.Chart(source, width=WIDTH // 2 - 75, height=230)
         .mark_line(point={"size": 28}, strokeWidth=2)
@@ -57,16 +57,12 @@ def _macro(runs: Sequence[RunRecord], series: str, title: str) -> Any | None:
     )
 
 
-def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, Sequence[Any]]:
-    return dict(zip(names, zip(*rows, strict=True), strict=True))
-
-
 def task_losses(runs: Sequence[RunRecord]) -> Any | None:
     """A small picture of each task: training loss, and loss on the probe rows."""
     rows = [*_evaluated(runs), *_trained(runs)]
     if not rows:
         return None
-    source = data(**_columns(("task", "run", "kind", "tokens", "loss"), rows))
+    source = data(**columns("task run kind tokens loss", rows))
     return _small(runs, source, _loss_layers(runs), "loss of each task, nats per token")
 
 
@@ -80,7 +76,7 @@ def _evaluated(runs: Sequence[RunRecord]) -> Iterator[tuple[Any, ...]]:
 
 def _trained(runs: Sequence[RunRecord]) -> Iterator[tuple[Any, ...]]:
     curves = [(run, task) for run in runs for task in run.tasks if task in run.names("train_loss")]
-    points = min(150, max(20, _POINTS // max(len(curves), 1)))
+    points = min(150, max(15, _POINTS // max(len(curves), 1)))
     for run, task in curves:
         curve = thinned(run.curve(f"train_loss/{task}"), points)
         for tokens, loss in zip(curve.tokens.tolist(), curve.values.tolist(), strict=True):
@@ -104,10 +100,8 @@ def _loss_layers(runs: Sequence[RunRecord]) -> list[Any]:
 
 def _small(runs: Sequence[RunRecord], source: Any, layers: Sequence[Any], title: str) -> Any:
     order = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    size = {"width": _PANEL[0], "height": _PANEL[1]}
-    facet = alt.Facet("task:N", sort=order, header=headers())
-    panels = alt.layer(*layers, data=source).properties(**size).facet(facet, columns=_COLUMNS, spacing=14)
-    return panels.resolve_scale(y="independent").properties(title=f"{title}, over tokens")
+    panel = alt.layer(*layers, data=source).properties(width=_PANEL[0], height=_PANEL[1])
+    return small_multiples(panel, "task:N", order, _COLUMNS, f"{title}, over tokens")
 
 
 def task_scores(runs: Sequence[RunRecord]) -> Any | None:
@@ -121,7 +115,7 @@ def task_scores(runs: Sequence[RunRecord]) -> Any | None:
     ]
     if not rows:
         return None
-    source = data(**_columns(("task", "run", "metric", "tokens", "score", "low", "high"), rows))
+    source = data(**columns("task run metric tokens score low high", rows))
     base = alt.Chart().encode(
         x=alt.X("tokens:Q", title=None, axis=_TOKENS),
         color=run_colour([run.name for run in runs]) if len(runs) > 1 else alt.value(GAIN),
@@ -147,7 +141,7 @@ def last_scores(runs: Sequence[RunRecord]) -> Any | None:
     ]
     if not rows:
         return None
-    source = data(**_columns(("task", "run", "metric", "before", "score", "low", "high"), rows))
+    source = data(**columns("task run metric before score low high", rows))
     names, order = [run.name for run in runs], list(dict.fromkeys(row[0] for row in rows))
     offset = {"yOffset": alt.YOffset("run:N", sort=names)} if len(runs) > 1 else {}
     base = alt.Chart(source, width=WIDTH - 330, height=alt.Step(max(17, 9 * len(runs)))).encode(
@@ -187,7 +181,7 @@ def _percent(change: Change) -> tuple[float, float, float, str]:
 
 
 def _loss_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Sequence[str]) -> Any:
-    source = data(**_columns(("task", "run", "loss"), rows))
+    source = data(**columns("task run loss", rows))
     return (
         alt.Chart(source, width=330, height=alt.Step(max(18, 9 * (len(names) - 1))), title="last loss")
         .mark_point(size=48, strokeWidth=1.8, opacity=0.9)
@@ -201,7 +195,7 @@ def _loss_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Seq
 
 
 def _difference_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Sequence[str]) -> Any:
-    source = data(**_columns(("task", "run", "better", "low", "high", "verdict"), rows))
+    source = data(**columns("task run better low high verdict", rows))
     base = alt.Chart(source, width=330, height=alt.Step(max(18, 9 * (len(names) - 1)))).encode(
         y=alt.Y("task:N", sort=list(order), title=None, axis=task_axis(labels=False, grid=True)),
         yOffset=alt.YOffset("run:N", sort=list(names[1:])),
@@ -215,5 +209,3 @@ def _difference_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], orde
     dots = base.mark_circle(size=52).encode(x=alt.X("better:Q", **x))
     title = f"difference to {names[0]}: right is better"
     return alt.layer(zero, bars, dots, title=title).properties(width=330)
-
-

@@ -15,6 +15,7 @@ from moe_medical.tracking.report.charts.shared import (
     LOSS,
     NAME_WIDTH,
     SEQUENTIAL,
+    columns,
     data,
     headers,
     short_layers,
@@ -36,8 +37,8 @@ def conflict(look: Conflict) -> Any | None:
     if not np.isfinite(cosines).any():
         return None
     source = data(first=[a for a, _ in places], second=[b for _, b in places], cosine=cosines)
-    most = max(2 * look.noise, float(np.nanmax(np.abs(cosines))))
-    scale = alt.Scale(domain=[-most, 0, most], range=DIVERGING)
+    most = max(4 * look.noise, -float(np.nanmin(cosines)))  # what pulls apart is the point
+    scale = alt.Scale(domain=[-most, 0, most], range=DIVERGING, clamp=True)
     legend = alt.Legend(title=["cosine of", "gradients"], gradientLength=140, format=".2f")
     colour = alt.Color("cosine:Q", scale=scale, legend=legend)
     is_noise = f"abs(datum.cosine) < {look.noise:.5f}"
@@ -63,7 +64,7 @@ def task_experts(stats: RoutingStats) -> Any | None:
     if not len(tasks) or stats.counts_LTE.shape[-1] < 2:
         return None
     names, experts = short_layers(stats.layers), range(stats.counts_LTE.shape[-1])
-    titles = {layer: f"{names[layer]}  ({told[layer]:.2f})" for layer in layers}
+    titles = {layer: f"layer {names[layer]}: {told[layer]:.2f}" for layer in layers}
     places = [(layer, task, expert) for layer in layers for task in tasks for expert in experts]
     source = data(
         layer=[titles[layer] for layer, _, _ in places],
@@ -77,7 +78,9 @@ def task_experts(stats: RoutingStats) -> Any | None:
         alt.Chart(source, width=width, height=alt.Step(15))
         .mark_rect(stroke="#80808020", strokeWidth=0.5)
         .encode(
-            x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap="parity", domain=False)),
+            x=alt.X(
+                "expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap="parity", domain=False)
+            ),
             y=alt.Y("task:N", sort=_by_top_expert(stats, layers), title=None, axis=task_axis()),
             color=alt.Color("share:Q", scale=alt.Scale(range=SEQUENTIAL, domainMin=0), legend=legend),
             tooltip=["layer:N", "task:N", "expert:O", alt.Tooltip("share:Q", format=".1%")],
@@ -152,11 +155,12 @@ def sharing(pairs: Sequence[SharedExperts], stats: RoutingStats) -> Any | None:
         for p in pairs
         for layer, expert in _first_of_each_layer(p)
     ]
-    columns = dict(zip(("pair", "layer", "expert", "conflict"), zip(*rows, strict=True), strict=True))
-    order = list(dict.fromkeys(columns["pair"]))
+    order = list(dict.fromkeys(row[0] for row in rows))
     width = int(min(24, max(6, 700 / len(names))))
     shown = [names[layer] for layer in stats.layers]
-    base = alt.Chart(data(**columns), width=alt.Step(width), height=alt.Step(20)).encode(
+    base = alt.Chart(
+        data(**columns("pair layer expert conflict", rows)), width=alt.Step(width), height=alt.Step(20)
+    ).encode(
         x=alt.X("layer:N", scale=alt.Scale(domain=shown), title="layer", axis=task_axis(labelAngle=-60)),
         y=alt.Y("pair:N", sort=order, title=None, axis=task_axis(labelLimit=330)),
         tooltip=["pair:N", "layer:N", "expert:O", alt.Tooltip("conflict:Q", format=".2f")],
@@ -168,6 +172,6 @@ def sharing(pairs: Sequence[SharedExperts], stats: RoutingStats) -> Any | None:
 
 
 def _first_of_each_layer(pair: SharedExperts) -> list[tuple[str, int]]:
-    return list({layer: (layer, e) for layer, e in reversed([*zip(pair.layers, pair.experts, strict=True)])}.values())
-
-
+    return list(
+        {layer: (layer, e) for layer, e in reversed([*zip(pair.layers, pair.experts, strict=True)])}.values()
+    )

@@ -14,6 +14,7 @@ from moe_medical.tracking.report.charts.shared import (
     LOSS,
     TASK_COLOURS,
     data,
+    plain_numbers,
     task_axis,
 )
 from moe_medical.tracking.report.findings import Standing, standings
@@ -95,7 +96,7 @@ def _areas(run: RunRecord, steps: Floats, curves: dict[str, Floats]) -> Any:
         alt.Chart(source, width=390, height=230, title="share of the samples in force")
         .mark_area(opacity=0.8)
         .encode(
-            x=alt.X("step:Q", axis=alt.Axis(format="~s", grid=False)),
+            x=alt.X("step:Q", axis=plain_numbers(grid=False, tickCount=6)),
             y=alt.Y("share:Q", stack="normalize", title=None, axis=alt.Axis(format="%")),
             color=_colour(names),
             order="place:Q",
@@ -113,13 +114,16 @@ def _decisions(run: RunRecord) -> Any:
         of=[d.task or "all tasks" for d in done],
         cause=[d.cause for d in done],
     )
-    scale = alt.Scale(domain=list(_ACTIONS), range=list(_ACTIONS.values()))
+    seen = [action for action in _ACTIONS if any(d.action == action for d in done)]
+    scale = alt.Scale(domain=seen, range=[_ACTIONS[action] for action in seen])
     return (
         alt.Chart(source)
         .mark_rule(strokeDash=[4, 3], strokeWidth=1.6)
         .encode(
             x="step:Q",
-            stroke=alt.Stroke("action:N", scale=scale, legend=alt.Legend(title="decisions", symbolType="stroke")),
+            stroke=alt.Stroke(
+                "action:N", scale=scale, legend=alt.Legend(title="decisions", symbolType="stroke")
+            ),
             tooltip=["step:Q", "action:N", "of:N", "cause:N"],
         )
     )
@@ -138,7 +142,7 @@ def _repeats(run: RunRecord, steps: Floats, names: Sequence[str]) -> Any | None:
         alt.Chart(source, width=240, height=230, title="times that a task's rows were seen")
         .mark_line(strokeWidth=1.8)
         .encode(
-            x=alt.X("step:Q", axis=alt.Axis(format="~s", grid=False, tickCount=4)),
+            x=alt.X("step:Q", axis=plain_numbers(grid=False)),
             y=alt.Y("times:Q", title=None),
             color=_colour(names),
             tooltip=["task:N", "step:Q", alt.Tooltip("times:Q", format=".2f")],

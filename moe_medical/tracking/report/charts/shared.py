@@ -41,9 +41,14 @@ def data(**columns: Sequence[Any] | Floats) -> alt.InlineData:
     return alt.InlineData(values=text.getvalue(), format=alt.CsvDataFormat(type="csv", parse=kinds))
 
 
+def columns(names: str, rows: Sequence[tuple[Any, ...]]) -> dict[str, Sequence[Any]]:
+    """Rows as named columns for `data`; there must be a row."""
+    return dict(zip(names.split(), zip(*rows, strict=True), strict=True))
+
+
 def _plain(value: Any) -> str | int:
     if isinstance(value, float | np.floating):
-        return f"{value:.5g}" if math.isfinite(value) else ""
+        return f"{value:.4g}".replace("e+0", "e").replace("e-0", "e-") if math.isfinite(value) else ""
     return int(value) if isinstance(value, int | np.integer) else "" if value is None else str(value)
 
 
@@ -76,6 +81,21 @@ def run_colour(names: Sequence[str], **settings: Any) -> alt.Color:
     scale = alt.Scale(domain=list(names), range=RUN_COLOURS[: len(names)])
     legend = alt.Legend(orient="top", labelLimit=300, **settings) if len(names) > 1 else None
     return alt.Color("run:N", scale=scale, legend=legend, title=None)
+
+
+def small_multiples(panel: Any, by: str, order: Sequence[str], columns: int, title: str = "") -> Any:
+    """A grid of panels of one size, each with axes of its own, aligned by their plots."""
+    facet = alt.Facet(by, sort=list(order), header=headers())
+    gaps = {"row": 40, "column": 50}
+    grid = panel.facet(facet, columns=columns, spacing=gaps, bounds="flush")
+    grid = grid.resolve_scale(y="independent").resolve_axis(x="independent")
+    return grid.properties(title=alt.TitleParams(title, dy=-14)) if title else grid
+
+
+def plain_numbers(**settings: Any) -> alt.Axis:
+    """0.002 and 8.2k, never 2m."""
+    text = "abs(datum.value) >= 10000 ? format(datum.value, '~s') : format(datum.value, '~r')"
+    return alt.Axis(**{"labelExpr": text, "tickCount": 4, **settings})
 
 
 def headers(**settings: Any) -> alt.Header:

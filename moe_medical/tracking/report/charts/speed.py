@@ -7,10 +7,19 @@ from typing import Any
 
 import altair as alt
 
-from moe_medical.tracking.report.charts.shared import GAIN, data, headers, run_colour, thinned
+from moe_medical.tracking.report.charts.shared import (
+    GAIN,
+    columns,
+    data,
+    plain_numbers,
+    run_colour,
+    small_multiples,
+    thinned,
+)
 from moe_medical.tracking.report.record import RunRecord
 
-_POINTS = 150
+_POINTS = 900
+"""Of a small picture, all runs together."""
 
 
 def series(runs: Sequence[RunRecord], names: Sequence[str]) -> Any | None:
@@ -19,25 +28,25 @@ def series(runs: Sequence[RunRecord], names: Sequence[str]) -> Any | None:
         (_title(name), run.name, step, value)
         for name in names
         for run in runs
-        for step, _, value in zip(*(c.tolist() for c in thinned(run.curve(name), _POINTS)), strict=True)
+        for step, _, value in zip(
+            *(c.tolist() for c in thinned(run.curve(name), min(150, _POINTS // len(runs)))), strict=True
+        )
     ]
     if not rows:
         return None
-    columns = dict(zip(("series", "run", "step", "value"), zip(*rows, strict=True), strict=True))
-    order = list(dict.fromkeys(columns["series"]))
+    order = list(dict.fromkeys(row[0] for row in rows))
     several = len(runs) > 1
     panel = (
-        alt.Chart(data(**columns), width=216, height=96)
+        alt.Chart(data(**columns("series run step value", rows)), width=210, height=92)
         .mark_line(strokeWidth=1.6, point={"size": 10} if len(rows) < 60 * len(order) else False)
         .encode(
-            x=alt.X("step:Q", title=None, axis=alt.Axis(format="~s", grid=False, tickCount=4)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4, format="~s")),
+            x=alt.X("step:Q", title=None, axis=plain_numbers(grid=False)),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=plain_numbers()),
             color=run_colour([run.name for run in runs]) if several else alt.value(GAIN),
             tooltip=["series:N", "run:N", "step:Q", alt.Tooltip("value:Q", format=",.4~f")],
         )
     )
-    facet = alt.Facet("series:N", sort=order, header=headers())
-    return panel.facet(facet, columns=4, spacing=16).resolve_scale(y="independent")
+    return small_multiples(panel, "series:N", order, columns=4)
 
 
 def of_speed(run: RunRecord) -> list[str]:

@@ -1,0 +1,246 @@
+"""What watching a run costs: evaluation, routing counts and gradient conflict, as shares of training time.
+
+    MOE_MEDICAL_DATA=/path/to/data python benchmarks/tracking_overhead.py
+                                           # writes benchmarks/results/tracking_overhead.json
+
+Two runs: SmolLM2-135M on the embedded terminologies (26 tasks), and the small Llama of the other benchmarks on
+`data_recipes/public_text.yaml` (28 tasks). Each round takes a plain step, a step with routing counts, a look at
+the tasks' gradients, and an evaluation with and without scores, one after the other, so that a drift of the
+machine meets all of them. All go through the trainer's own observer, files and metrics included.
+
+    share    cost of one look / (steps between two of them * seconds of a plain step), at the default cadence
+
+A look costs the same whatever the batch, so that its share falls as the global batch grows: shares are given
+for several batches, those not measured with a step that grows in proportion. Evaluations of SmolLM2 are
+measured on fewer rows than the default and multiplied up, since rows are all alike. A case that is in the
+result already is kept unless it is asked for by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from small_model import RECIPE as PUBLIC_TEXT
+from small_model import BaseSize, write_base
+
+from moe_medical.config import load_config
+from moe_medical.config.schema import EvaluationSection, TrackingSection
+from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
+from moe_medical.tracking.sinks import JsonlSink
+from moe_medical.training.schedule import learning_rate
+from moe_medical.training.step import accumulate, count_step, seed_step
+from moe_medical.training.trainer import Trainer
+
+LOG = logging.getLogger("tracking_overhead")
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "tracking_overhead.json"
+DEFAULTS, LOOKS = EvaluationSection(), TrackingSection()
+CADENCE = {
+    "routing": LOOKS.routing_every_steps,
+    "conflict": LOOKS.conflict_every_steps,
+    "evaluation": DEFAULTS.every_steps,
+    "scores": DEFAULTS.every_steps,
+}
+"""Steps between two looks."""
+PLAIN, ROUTING, CONFLICT = 1, 2, 3
+"""Steps at which nothing, routing and conflict are due in the runs below."""
+BATCHES = (16, 32, 128)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to be watched.
+
+    Attributes:
+        sections: Of its run file, over those of `write_run`.
+        loss_rows: Evaluated rows of each task for the loss; scaled to the default.
+        score_rows: The same for scores.
+        base: Of the small base model; None takes the one that `sections` name.
+    """
+
+    sections: dict[str, dict[str, Any]]
+    loss_rows: int
+    score_rows: int
+    base: BaseSize | None = None
+
+
+CASES = {
+    "SmolLM2-135M, 26 tasks": Case(
+        {
+            "model": {"name": "smollm2-135m"},
+            "data": {"recipe": str(ROOT / "data_recipes" / "terminologies.yaml"), "max_length": 256},
+        },
+        loss_rows=4,
+        score_rows=1,
+    ),
+    "small Llama, 28 tasks": Case(
+        {
+            "adapters": {"num_experts": 4, "top_k": 2, "rank": 8, "alpha": 16},
+            "data": {"recipe": str(PUBLIC_TEXT), "max_length": 384, "system_prompt": None},
+        },
+        loss_rows=DEFAULTS.loss_rows,
+        score_rows=4,
+        base=BaseSize(pretraining_steps=2),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES))
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    LOG.setLevel(logging.INFO)
+    known = json.loads(options.result.read_text())["cases"] if options.result.exists() else {}
+    for name in options.cases or [name for name in CASES if name not in known]:
+        with tempfile.TemporaryDirectory() as scratch:
+            known[name] = measure(Path(scratch), CASES[name], options.rounds)
+        LOG.info("%s: %s", name, known[name]["shares"])
+        options.result.write_text(json.dumps({"cadence_steps": CADENCE, "cases": known}, indent=1) + "\n")
+    stop_distributed()
+
+
+def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
+    """Seconds of every part in every round, after one round that does not count."""
+    run = write_run(scratch, case)
+    config = load_config(run)
+    trainer = Trainer(config, start_distributed(config.parallel))
+    trainer.folder.create(config)
+    trainer.sinks.append(JsonlSink(trainer.folder.metrics))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        for part, value in one_round(trainer, number, case).items():
+            if number:
+                seconds[part].append(value)
+        LOG.info("round %d of %d", number, rounds)
+    batch = config.training.global_batch
+    return {
+        "seconds": {part: spread(values) for part, values in seconds.items()},
+        "shares": {size: shares(seconds, size / batch) for size in BATCHES},
+        "settings": {
+            "tasks": len(trainer.tasks),
+            "global_batch": batch,
+            "loss_rows": DEFAULTS.loss_rows,
+            "score_rows": DEFAULTS.score_rows,
+            "conflict_rows": LOOKS.conflict_rows,
+            "measured_loss_rows": case.loss_rows,
+            "measured_score_rows": case.score_rows,
+            "trainable_parameters": sum(p.numel() for p in trainer.engine.named.values()),
+            "rounds": rounds,
+        },
+        "machine": machine(trainer.topology),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+    }
+
+
+def write_run(scratch: Path, case: Case) -> Path:
+    run: dict[str, dict[str, Any]] = {
+        "run": {"name": "overhead", "dir": str(scratch / "run")},
+        "model": {},
+        "adapters": {"preset": "ming_moe"},
+        "training": {"global_batch": 16, "micro_batch": 4, "steps": 1000},
+        "parallel": {"deepspeed": str(ROOT / "ds_configs" / "zero0.json"), "device": "cpu"},
+        "evaluation": {"loss_rows": case.loss_rows, "score_rows": case.score_rows},
+        "tracking": {
+            "routing_every_steps": ROUTING,
+            "conflict_every_steps": CONFLICT,
+            "wandb": {"enabled": False},
+        },
+    }
+    for section, values in case.sections.items():
+        run[section] = run.get(section, {}) | values
+    if case.base is not None:
+        run["model"]["name"] = str(write_base(scratch / "base", case.base))
+    path = scratch / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def one_round(trainer: Trainer, number: int, case: Case) -> dict[str, float]:
+    """Seconds of each part; those of evaluations as they would be on the default rows."""
+    observer, first = trainer.observer, 1000 * number
+    plain = timed(lambda: take_step(trainer, number, PLAIN))
+    counted = timed(lambda: take_step(trainer, number, ROUTING))
+    looked = timed(lambda: observer.step_done(CONFLICT, 0))
+    poll: Callable[[], None] = lambda: None
+    losses = timed(lambda: observer.evaluate(first + 1, "losses", 0, poll, scores=False))
+    both = timed(lambda: observer.evaluate(first + 2, "scores", 0, poll))
+    return {
+        "step": plain,
+        "routing": max(counted - plain, 0.0),
+        "conflict": looked,
+        "evaluation": losses * DEFAULTS.loss_rows / case.loss_rows,
+        "scores": max(both - losses, 0.0) * DEFAULTS.score_rows / case.score_rows,
+    }
+
+
+def take_step(trainer: Trainer, number: int, done: int) -> None:
+    """One optimizer step as the trainer takes it, watched as the one that ends at `done`."""
+    seed_step(trainer.config.run.seed, number, trainer.topology.rank)
+    batches = trainer.batches.step(number)
+    counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
+    weights = trainer.loss.token_weights(number, batches, counts)
+    where = (trainer.engine, trainer.context, trainer.router_losses)
+    accumulate(*where, batches, counts, weights, trainer.observer.watch_step(done))
+    trainer.engine.step(learning_rate(trainer.config.training, number))
+    trainer.observer.step_done(done, 0)
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def shares(seconds: dict[str, list[float]], growth: float) -> dict[str, float]:
+    """Of training time, from medians; `growth` is the step's against the measured one."""
+    median = {part: statistics.median(values) for part, values in seconds.items()}
+    step = growth * median["step"]
+    each = {part: median[part] / (every * step) for part, every in CADENCE.items()}
+    each["all"] = sum(each.values())
+    each["all but scores"] = each["all"] - each["scores"]
+    return {part: round(share, 5) for part, share in each.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "least": round(min(values), 4),
+        "most": round(max(values), 4),
+    }
+
+
+def machine(topology: Topology) -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "device": topology.device.type,
+        "platform": platform.platform(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+if __name__ == "__main__":
+    main()
