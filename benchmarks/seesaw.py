@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,6 @@ from moe_medical.base_model import locate_base
 from moe_medical.config import load_config
 from moe_medical.config.schema import RunConfig, SeesawSection
 from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
-from moe_medical.evaluation.evaluate import Evaluation, TaskResult
 from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker, paired_error
@@ -169,8 +169,9 @@ class Benchmark:
                 key = run_key(arm, seed)
                 runs.append(self._run(key, self._overrides(family, rates[family], mix, seed)) | {"arm": arm})
         stop_distributed()
-        reference = reference_of(single)
-        runs = [run | judged(RunPaths(self.work / run["key"]), single, reference) for run in runs]
+        alone = {task: self._last_probes(run["key"])[task] for task, run in single.items()}
+        judge = partial(judged, alone=alone, reference=reference_of(single))
+        runs = [run | judge(RunPaths(self.work / run["key"])) for run in runs]
         return {
             "what": __doc__,
             "base": self.size.base.title,
@@ -204,7 +205,8 @@ class Benchmark:
         return [*adapters, *mix_overrides(mix), f"training.learning_rate={rate}", f"run.seed={seed}"]
 
     def _choose_rate(self, family: str) -> float:
-        """The rate of the least macro loss in a short run on the default mixture, without seed of an arm."""
+        """The rate of the least macro loss in a short run on the default mixture; from the least rate up, and
+        none above the first that does worse."""
         if len(self.size.rates) == 1:
             return self.size.rates[0]
         macro = {}
@@ -212,6 +214,8 @@ class Benchmark:
             overrides = [*self._overrides(family, rate, DEFAULT, seed=0), "evaluation.every_steps=0"]
             key = run_key(f"rate {family} {rate:g}", 0)
             macro[rate] = self._run(key, overrides, self.size.sweep_share)["macro"]
+            if macro[rate] > min(macro.values()):
+                break
         return min(macro, key=lambda rate: macro[rate])
 
     def _tried(self) -> list[dict[str, Any]]:
@@ -270,6 +274,10 @@ class Benchmark:
         )
         return record
 
+    def _last_probes(self, key: str) -> Probes:
+        seen = evaluations(RunPaths(self.work / key))
+        return seen[max(seen)]
+
     def _steps(self, overrides: list[str], share: float) -> int:
         tokens = tokens_per_step(load_config(self.run_file, overrides))
         return max(1, round(share * self.size.tokens / tokens))
@@ -308,7 +316,7 @@ def write_run(work: Path, model: Path, size: Size) -> Path:
         "tracking": {
             "log_every_steps": 10,
             "routing_every_steps": every,
-            "conflict_every_steps": 3 * every,
+            "conflict_every_steps": 10_000,  # at the last step only
             "wandb": {"enabled": False},
         },
     }
@@ -330,52 +338,53 @@ def named_samples(trainer: Trainer) -> dict[str, int]:
 # What the evaluations say
 
 
-def judged(paths: RunPaths, single: dict[str, dict[str, Any]], reference: Reference) -> dict[str, Any]:
+Probes = dict[str, ProbeLosses]
+"""Task -> its held-out rows at one evaluation."""
+
+
+def judged(paths: RunPaths, alone: Probes, reference: Reference) -> dict[str, Any]:
     """Figures of a run, from the evaluations that it has written."""
-    seen = [read_evaluation(path) for path in paths.of_each_step(paths.evaluation(0))]
+    seen = evaluations(paths)
+    probes_now = seen[max(seen)]
     section = SeesawSection(window=len(seen))
-    tracker = SeesawTracker(list(seen[0].tasks), section, reference)
-    steps = []
-    for evaluation in seen:
-        probes = {name: ProbeLosses(t.row_losses, t.tokens) for name, t in evaluation.tasks.items()}
-        steps.append(tracker.update(probes).values())
-    losses = sorted(task.loss for task in seen[-1].tasks.values())
-    below = worse_than(single_results(paths.root.parent, single), seen[-1], section.gate)
+    tracker = SeesawTracker(list(probes_now), section, reference)
+    steps = {step: tracker.update(probes).values() for step, probes in seen.items()}
+    _, *later = steps.values()
+    losses = sorted(probe.loss for probe in probes_now.values())
+    below = worse_than(alone, probes_now, section.gate)
     return {
         "worst_quartile": statistics.mean(losses[-(len(losses) // 4) :]),
         "below_single": len(below),
         "tasks_below_single": below,
-        "index": statistics.mean(step["seesaw/index"] for step in steps[1:]),
-        "window_index": steps[-1]["seesaw/window_index"],
-        "regret": steps[-1]["seesaw/regret_mean"],
+        "index": statistics.mean(values["seesaw/index"] for values in later),
+        "window_index": later[-1]["seesaw/window_index"],
+        "regret": later[-1]["seesaw/regret_mean"],
         "evaluations": [
-            {"step": e.step, "macro": e.macro_loss}
-            | {k: v for k, v in step.items() if k.startswith("seesaw/")}
-            for e, step in zip(seen, steps, strict=True)
+            {"step": step, "macro": statistics.mean(probe.loss for probe in seen[step].values())}
+            | {name: value for name, value in values.items() if name.startswith("seesaw/")}
+            for step, values in steps.items()
         ],
     }
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    return Evaluation.from_json(json.loads(path.read_text()))
+def evaluations(paths: RunPaths) -> dict[int, Probes]:
+    """Step -> what the run has measured there, in order."""
+    records = [json.loads(path.read_text()) for path in paths.of_each_step(paths.evaluation(0))]
+    return {
+        record["step"]: {
+            name: ProbeLosses(tuple(task["row_losses"]), task["tokens"])
+            for name, task in record["tasks"].items()
+        }
+        for record in records
+    }
 
 
-def single_results(work: Path, single: dict[str, dict[str, Any]]) -> dict[str, TaskResult]:
-    """The last evaluation of each single-task run."""
-    results = {}
-    for task, run in single.items():
-        paths = RunPaths(work / run["key"])
-        results[task] = read_evaluation(paths.of_each_step(paths.evaluation(0))[-1]).tasks[task]
-    return results
-
-
-def worse_than(single: dict[str, TaskResult], run: Evaluation, gate: float) -> list[str]:
-    """Tasks whose loss is above the reference's by more than `gate` and twice the paired error."""
+def worse_than(alone: Probes, together: Probes, gate: float) -> list[str]:
+    """Tasks whose loss is above the single-task run's by more than `gate` and twice the paired error."""
     worse = []
-    for task, mine in run.tasks.items():
-        alone = single[task]
-        noise = max(gate * alone.loss, 2 * paired_error(alone, mine))
-        if mine.loss > alone.loss + noise:
+    for task, mine in together.items():
+        noise = max(gate * alone[task].loss, 2 * paired_error(alone[task], mine))
+        if mine.loss > alone[task].loss + noise:
             worse.append(task)
     return worse
 

@@ -3,17 +3,18 @@
     MOE_MEDICAL_DATA=/path/to/data python benchmarks/tracking_overhead.py
                                            # writes benchmarks/results/tracking_overhead.json
 
-Two runs: SmolLM2-135M on the embedded terminologies (26 tasks), and the small Llama of the other benchmarks on
-`data_recipes/public_text.yaml` (28 tasks). Each round takes a plain step, a step with routing counts, a look at
-the tasks' gradients, and an evaluation with and without scores, one after the other, so that a drift of the
-machine meets all of them. All go through the trainer's own observer, files and metrics included.
+Two runs: SmolLM2-135M on the embedded terminologies (26 tasks), and the small Llama of the other benchmarks
+on `data_recipes/public_text.yaml` (28 tasks). Each round takes a plain step, a step with routing counts, a
+look at the tasks' gradients, and an evaluation with and without scores, one after the other, so that a drift
+of the machine meets all of them. All go through the trainer's own observer, files and metrics included.
 
     share    cost of one look / (steps between two of them * seconds of a plain step), at the default cadence
 
-A look costs the same whatever the batch, so that its share falls as the global batch grows: shares are given
-for several batches, those not measured with a step that grows in proportion. Evaluations of SmolLM2 are
-measured on fewer rows than the default and multiplied up, since rows are all alike. A case that is in the
-result already is kept unless it is asked for by name.
+Seconds are those of the processor, which other work on the machine does not stretch. A look costs the same
+whatever the batch, so that its share falls as the global batch grows: shares are given for several batches,
+those not measured with a step that grows in proportion. Where fewer rows than the default's are looked at,
+cost is multiplied up, as if all of it went with the rows. A case that is in the result already is kept
+unless it is asked for by name.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ CADENCE = {
     "scores": DEFAULTS.every_steps,
 }
 """Steps between two looks."""
+ROWS = {"conflict": LOOKS.conflict_rows, "evaluation": DEFAULTS.loss_rows, "scores": DEFAULTS.score_rows}
+"""Of each task in a look."""
 PLAIN, ROUTING, CONFLICT = 1, 2, 3
 """Steps at which nothing, routing and conflict are due in the runs below."""
 BATCHES = (16, 32, 128)
@@ -69,14 +72,12 @@ class Case:
 
     Attributes:
         sections: Of its run file, over those of `write_run`.
-        loss_rows: Evaluated rows of each task for the loss; scaled to the default.
-        score_rows: The same for scores.
+        rows: Of each task that a look takes, by part; scaled to the default.
         base: Of the small base model; None takes the one that `sections` name.
     """
 
     sections: dict[str, dict[str, Any]]
-    loss_rows: int
-    score_rows: int
+    rows: dict[str, int]
     base: BaseSize | None = None
 
 
@@ -86,16 +87,14 @@ CASES = {
             "model": {"name": "smollm2-135m"},
             "data": {"recipe": str(ROOT / "data_recipes" / "terminologies.yaml"), "max_length": 256},
         },
-        loss_rows=4,
-        score_rows=1,
+        rows={"conflict": 2, "evaluation": 1, "scores": 1},
     ),
     "small Llama, 28 tasks": Case(
         {
             "adapters": {"num_experts": 4, "top_k": 2, "rank": 8, "alpha": 16},
             "data": {"recipe": str(PUBLIC_TEXT), "max_length": 384, "system_prompt": None},
         },
-        loss_rows=DEFAULTS.loss_rows,
-        score_rows=4,
+        rows={"conflict": LOOKS.conflict_rows, "evaluation": 8, "scores": 4},
         base=BaseSize(pretraining_steps=2),
     ),
 }
@@ -121,18 +120,18 @@ def main() -> None:
 
 
 def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
-    """Seconds of every part in every round, after one round that does not count."""
+    """Seconds of every part in every round, after a step that does not count."""
     run = write_run(scratch, case)
     config = load_config(run)
     trainer = Trainer(config, start_distributed(config.parallel))
     trainer.folder.create(config)
     trainer.sinks.append(JsonlSink(trainer.folder.metrics))
     seconds: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds + 1):
-        for part, value in one_round(trainer, number, case).items():
-            if number:
-                seconds[part].append(value)
-        LOG.info("round %d of %d", number, rounds)
+    take_step(trainer, 0, PLAIN)
+    for number in range(1, rounds + 1):
+        for part, value in one_round(trainer, number).items():
+            seconds[part].append(value * (ROWS[part] / case.rows[part] if part in ROWS else 1))
+        LOG.info("round %d of %d: %s", number, rounds, {k: round(v[-1], 2) for k, v in seconds.items()})
     batch = config.training.global_batch
     return {
         "seconds": {part: spread(values) for part, values in seconds.items()},
@@ -140,11 +139,8 @@ def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
         "settings": {
             "tasks": len(trainer.tasks),
             "global_batch": batch,
-            "loss_rows": DEFAULTS.loss_rows,
-            "score_rows": DEFAULTS.score_rows,
-            "conflict_rows": LOOKS.conflict_rows,
-            "measured_loss_rows": case.loss_rows,
-            "measured_score_rows": case.score_rows,
+            "rows": ROWS,
+            "measured_rows": case.rows,
             "trainable_parameters": sum(p.numel() for p in trainer.engine.named.values()),
             "rounds": rounds,
         },
@@ -160,10 +156,11 @@ def write_run(scratch: Path, case: Case) -> Path:
         "adapters": {"preset": "ming_moe"},
         "training": {"global_batch": 16, "micro_batch": 4, "steps": 1000},
         "parallel": {"deepspeed": str(ROOT / "ds_configs" / "zero0.json"), "device": "cpu"},
-        "evaluation": {"loss_rows": case.loss_rows, "score_rows": case.score_rows},
+        "evaluation": {"loss_rows": case.rows["evaluation"], "score_rows": case.rows["scores"]},
         "tracking": {
             "routing_every_steps": ROUTING,
             "conflict_every_steps": CONFLICT,
+            "conflict_rows": case.rows["conflict"],
             "wandb": {"enabled": False},
         },
     }
@@ -176,41 +173,44 @@ def write_run(scratch: Path, case: Case) -> Path:
     return path
 
 
-def one_round(trainer: Trainer, number: int, case: Case) -> dict[str, float]:
-    """Seconds of each part; those of evaluations as they would be on the default rows."""
+def one_round(trainer: Trainer, number: int) -> dict[str, float]:
+    """Seconds of each part."""
     observer, first = trainer.observer, 1000 * number
     plain = timed(lambda: take_step(trainer, number, PLAIN))
-    counted = timed(lambda: take_step(trainer, number, ROUTING))
-    looked = timed(lambda: observer.step_done(CONFLICT, 0))
-    poll: Callable[[], None] = lambda: None
-    losses = timed(lambda: observer.evaluate(first + 1, "losses", 0, poll, scores=False))
-    both = timed(lambda: observer.evaluate(first + 2, "scores", 0, poll))
-    return {
-        "step": plain,
-        "routing": max(counted - plain, 0.0),
-        "conflict": looked,
-        "evaluation": losses * DEFAULTS.loss_rows / case.loss_rows,
-        "scores": max(both - losses, 0.0) * DEFAULTS.score_rows / case.score_rows,
-    }
+    routing = take_step(trainer, number, ROUTING)
+    conflict = timed(lambda: observer.step_done(CONFLICT, 0))
+    losses = timed(lambda: observer.evaluate(first + 1, "losses", 0, lambda: None, scores=False))
+    both = timed(lambda: observer.evaluate(first + 2, "scores", 0, lambda: None))
+    looks = {"conflict": conflict, "evaluation": losses, "scores": max(both - losses, 0.0)}
+    return {"step": plain, "routing": routing, **looks}
 
 
-def take_step(trainer: Trainer, number: int, done: int) -> None:
-    """One optimizer step as the trainer takes it, watched as the one that ends at `done`."""
+def take_step(trainer: Trainer, number: int, done: int) -> float:
+    """One optimizer step as the trainer takes it, watched as the one that ends at `done`.
+
+    Returns:
+        Seconds that the watching took.
+    """
     seed_step(trainer.config.run.seed, number, trainer.topology.rank)
     batches = trainer.batches.step(number)
     counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
     weights = trainer.loss.token_weights(number, batches, counts)
     where = (trainer.engine, trainer.context, trainer.router_losses)
-    accumulate(*where, batches, counts, weights, trainer.observer.watch_step(done))
+    look, watched = trainer.observer.watch_step(done), list[float]()
+
+    def timed_look() -> None:
+        watched.append(timed(look))
+
+    accumulate(*where, batches, counts, weights, timed_look)
     trainer.engine.step(learning_rate(trainer.config.training, number))
-    trainer.observer.step_done(done, 0)
+    return sum(watched) + timed(lambda: trainer.observer.step_done(done, 0))
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds."""
-    began = time.perf_counter()
+    """Seconds of the processor."""
+    began = time.process_time()
     action()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def shares(seconds: dict[str, list[float]], growth: float) -> dict[str, float]:

@@ -18,7 +18,10 @@ from typing import Any
 
 from moe_medical.errors import StorageError
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
+)
 _CHART_CONFIG: Mapping[str, Any] = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
@@ -58,7 +61,7 @@ class Chart:
         )
         data = spec.replace("</", "<\\/").replace("<!--", "<\\u0021--")
         return (
-            f'<div class="chart" id="{escape(self.name)}"></div>'
+            f'<div class="chart" id="chart-{escape(self.name)}"></div>'
             f'<script type="application/json" data-chart="{escape(self.name)}">{data}</script>'
         )
 
@@ -162,7 +165,7 @@ def write_page(path: Path, title: str, body_html: str) -> None:
 def _libraries() -> str:
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     assert "</script" not in bundle, "the library would end its own script"
     return bundle
 
@@ -183,7 +186,7 @@ _DRAW = """
   const options = {renderer: 'svg', config: CONFIG, tooltip: {theme: dark ? 'dark' : 'light'},
     actions: {export: true, source: false, compiled: false, editor: false}};
   for (const spec of document.querySelectorAll('script[data-chart]')) {
-    const place = document.getElementById(spec.dataset.chart);
+    const place = document.getElementById(`chart-${spec.dataset.chart}`);
     try {
       await vegaEmbed(place, JSON.parse(spec.textContent), options);
     } catch (error) {
@@ -199,46 +202,58 @@ addEventListener('beforeprint', () => document.querySelectorAll('details').forEa
 _STYLE = """
 :root { --page: #fbfbfa; --card: #fff; --ink: #1f2429; --soft: #5b646d; --line: #dfe2e5; --head: #f1f3f4;
   --gain: #3b7dd8; --loss: #d9542b; --gain-bar: #3b7dd833; --loss-bar: #d9542b38 }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e7e9eb; --soft: #a3acb5;
-  --line: #343a40; --head: #23282d; --gain: #6ea4ee; --loss: #f08a63; --gain-bar: #3b7dd866; --loss-bar: #d9542b70 } }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1b1f23; --ink: #e7e9eb;
+  --soft: #a3acb5;
+  --line: #343a40; --head: #23282d; --gain: #6ea4ee; --loss: #f08a63; --gain-bar: #3b7dd866;
+  --loss-bar: #d9542b70 } }
 @media print { :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --head: #f1f3f4;
   --gain: #2a62b0; --loss: #b5411c; --gain-bar: #3b7dd833; --loss-bar: #d9542b38 } }
 * { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
   background: var(--page); margin: 0 }
-main { max-width: 1180px; margin: 0 auto; padding: 2.2rem 1.5rem 4rem }
+main { max-width: 1200px; margin: 0 auto; padding: 2.2rem 1.5rem 4rem }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em }
 h2 { font-size: 1.25rem; margin: 3rem 0 .4rem; padding-top: .9rem; border-top: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.8rem 0 .2rem }
-p { margin: .35rem 0 .8rem; max-width: 76ch } p.soft, .soft { color: var(--soft) }
+p { margin: .35rem 0 .8rem; max-width: 76ch }
+p.run { max-width: none; margin: .1rem 0 } p.soft, .soft { color: var(--soft) }
 ul.findings { padding-left: 1.2rem; max-width: 86ch } ul.findings li { margin: .3rem 0 }
 nav { margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem }
 a { color: var(--gain); text-decoration: none } a:hover { text-decoration: underline }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: .7rem; margin: 1.3rem 0 }
-.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .9rem }
-.numbers b { display: block; font-size: 1.3rem; font-weight: 600; line-height: 1.35;
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: .7rem;
+  margin: 1.3rem 0 }
+.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .6rem .9rem }
+.numbers b { display: block; font-size: 1.2rem; white-space: nowrap; font-weight: 600; line-height: 1.35;
   font-variant-numeric: tabular-nums } .numbers span { color: var(--soft); font-size: .83rem }
 .wide { overflow-x: auto; margin: .6rem 0 1.4rem }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; background: var(--card);
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
+  background: var(--card);
   border: 1px solid var(--line) }
-th { background: var(--head); font-weight: 600; text-align: left; white-space: nowrap; position: sticky; top: 0 }
-td, th { padding: .26rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top }
+th { background: var(--head); font-weight: 600; text-align: left; white-space: nowrap; position: sticky;
+  top: 0 }
+td, th { padding: .26rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
 th[title] { text-decoration: underline dotted var(--soft); text-underline-offset: 3px; cursor: help }
+td:first-child { overflow-wrap: anywhere; min-width: 7em }
 td.number { text-align: right; white-space: nowrap } tbody tr:hover { background: var(--head) }
 td.bar.gain { background: linear-gradient(90deg, var(--gain-bar) var(--bar), transparent var(--bar)) }
 td.bar.loss { background: linear-gradient(90deg, var(--loss-bar) var(--bar), transparent var(--bar)) }
-.mark { white-space: nowrap } .mark.good { color: var(--gain) } .mark.bad { color: var(--loss); font-weight: 600 }
+.mark { white-space: nowrap } .mark.good { color: var(--gain) } .mark.bad { color: var(--loss);
+  font-weight: 600 }
 .dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
 .chart { overflow-x: auto; margin: .8rem 0 1.6rem; min-height: 2rem }
+.chart svg { display: block }
 .chart.vega-embed { display: block; position: relative; padding-right: 0 }
 .chart .role-axis-label text, .chart .role-axis-title text, .chart .role-legend-label text,
 .chart .role-legend-title text { fill: var(--soft) }
 .chart .role-title-text text, .chart .role-row-header text, .chart .role-column-header text,
 .chart .role-header text { fill: var(--ink) }
 .chart .plain-label text { fill: var(--ink) }
-details { margin-top: 1.6rem } summary { cursor: pointer; font-size: 1.15rem; font-weight: 600 }
+main > details, details details { margin: .8rem 0 }
+summary { cursor: pointer; font-weight: 600 }
 code { font-size: 12px } pre { overflow-x: auto }
-@media print { body { font-size: 11pt } main { max-width: none; padding: 0 } nav, .vega-embed details { display: none }
+@media print { body { font-size: 11pt } main { max-width: none; padding: 0 }
+  nav, .vega-embed details { display: none }
   .chart, table, li { break-inside: avoid } h2, h3 { break-after: avoid } .chart { overflow: visible }
   .chart svg { max-width: 100%; height: auto } }
 """

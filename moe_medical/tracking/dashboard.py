@@ -1,8 +1,8 @@
 """The W&B workspace of a run's series: built without a network, saved on the server on request.
 
-Decisions: a panel is there if the run has a series for it, so that none is empty. Panels of one line per task
-select their series by a pattern of the namespace, and so show the tasks of later runs too. The horizontal axis
-is tokens everywhere, by which runs of unlike batch sizes compare.
+Decisions: a panel is there if the run has a series for it, so that none is empty. A panel of one line per
+task selects its series by a pattern of the namespace, and so shows the tasks of later runs too. The x axis is
+tokens everywhere, by which runs of unlike batch sizes compare.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "regret/",
         "mtl_gain/",
     ),
-    "Losses": ("loss", "eval/macro_loss", "train_loss/", "eval_loss/"),
+    "Losses": ("loss", "eval/macro_loss", "train_loss/", "eval_loss/", "train_loss|eval_loss/*"),
     "Scores": ("eval/macro_score", "eval_score/"),
     "Mixture": ("mix/", "mix_next/", "repeats/", "loss_weight/"),
     "Conflict": (
@@ -50,8 +50,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Health": ("tokens_per_second", "step_seconds", "learning_rate", "grad_norm", "health/*"),
 }
-"""Panels by section: a namespace (a line per task), "namespace/name|name", a series, "namespace/*" for a
-panel per series, or a heat map, which is there with its namespace."""
+"""Panels by section: a namespace (a line per task), "namespace/name|name", a series, "namespace/*" or
+"one|other/*" for a panel per name, or a heat map, which is there with its namespace."""
 
 
 def dump_dashboard(run: Path, out: Path | None = None) -> str:
@@ -98,7 +98,9 @@ def push_dashboard(run: Path, entity: str | None = None, project: str | None = N
         raise
     except Exception as error:
         name = type(error).__name__
-        raise MoeMedicalError(f"The W&B server did not take the workspace ({name}).") from None
+        raise MoeMedicalError(
+            f"The W&B server did not take the workspace ({name}). Check the network and the key."
+        ) from None
 
 
 def _wandb_settings(run: Path) -> dict[str, Any]:
@@ -149,8 +151,7 @@ def _panels(kind: str, series: list[str]) -> Iterator[Any]:
         if _starting_with(name.partition("/")[0] + "/", series):
             yield _heat_map(name)
     elif rest == "*":
-        for name in _starting_with(namespace + "/", series):
-            yield _line_plot(name, y=[name])
+        yield from _panel_of_each_name(namespace.split("|"), series)
     elif slash and not rest:
         if _starting_with(kind, series):
             yield _line_plot(f"{namespace} of each task", metric_regex=f"^{re.escape(kind)}")
@@ -158,6 +159,13 @@ def _panels(kind: str, series: list[str]) -> Iterator[Any]:
         names = [namespace + slash + name for name in rest.split("|")]
         if known := [name for name in names if name in series]:
             yield _line_plot(", ".join(known), y=known)
+
+
+def _panel_of_each_name(namespaces: list[str], series: list[str]) -> Iterator[Any]:
+    found = [name.partition("/") for name in series]
+    for rest in sorted({rest for namespace, _, rest in found if namespace in namespaces}):
+        known = [name for n in namespaces if (name := f"{n}/{rest}") in series]
+        yield _line_plot(rest if len(namespaces) > 1 else known[0], y=known)
 
 
 def _starting_with(prefix: str, series: Iterable[str]) -> list[str]:

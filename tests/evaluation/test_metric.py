@@ -1,4 +1,4 @@
-"""Bootstrap intervals: what a resample scores is what its answers score, and intervals cover as they should."""
+"""Bootstrap intervals: a resample scores what its answers score, and intervals cover as they should."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from moe_medical.evaluation.promptcblue import (
 
 ENTITIES = "上述句子中的实体包含：\n药物实体：甲药，乙药\n疾病实体：丙病"
 TRIPLES = "具有药物治疗关系的头尾实体对如下：头实体为甲病，尾实体为乙药。头实体为甲病，尾实体为丙药。"
-EVENTS = "上述句子中的临床发现事件如下：\n主体词：疼痛；发生状态：否定；描述词：胀，钝；解剖部位：\n主体词：热；发生状态：；描述词：；解剖部位："
+EVENTS = (
+    "上述句子中的临床发现事件如下：\n主体词：疼痛；发生状态：否定；描述词：胀，钝；解剖部位：\n主体词：热"
+)
 FINDINGS = "上述对话中临床发现实体以及其阴阳性判别如下：\n咳嗽：未患有症状疾病\n发热：患有该疾病症状"
 SYMPTOMS = "当前对话中的症状及其阴阳性判断为：\n咳嗽：没有患有该症状"
 REPORT = "上述问诊对话的诊疗报告如下：\n主诉：咳嗽三天\n现病史：\n诊断：感冒"
@@ -125,7 +127,7 @@ def test_both_readings_are_told() -> None:
     assert told.all == {"promptcblue_f1": 1.0, "promptcblue_f1_strict": 1.0}
 
 
-# --- the classification tasks: CHIP-CTC, IMCS-V2-DAC, KUAKE-QIC / CHIP-STS, KUAKE-QTR, KUAKE-QQR, KUAKE-IR ---
+# --- labels: CHIP-CTC, IMCS-V2-DAC, KUAKE-QIC; CHIP-STS, KUAKE-QTR, KUAKE-QQR, KUAKE-IR ---
 
 
 def test_macro_tasks_average_over_predicted_labels_too() -> None:
@@ -161,7 +163,7 @@ def test_sections_of_a_report() -> None:
 
 def test_rouge_of_sections_counts_every_section_of_the_target_alike() -> None:
     said = "报告如下：\n诊断：感冒\n主诉：咳嗽\n建议：休息"
-    # 主诉: 2 of 4 characters, precision 1 -> 2/3; 现病史 is empty on both sides -> 1; 诊断 1; 建议 is not asked for
+    # 主诉: precision 1, recall 2/4 -> 2/3; 现病史 is empty on both sides -> 1; 诊断 1; 建议 does not count
     assert score("rouge_l_sections", [said], [REPORT], "zh") == pytest.approx((2 / 3 + 1 + 1) / 3)
     other = "如下：\n主诉：甲乙"
     both = score("rouge_l_sections", [said, "如下：\n主诉：丙"], [REPORT, other], "zh")

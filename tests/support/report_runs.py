@@ -1,4 +1,4 @@
-"""Run folders as long runs leave them: many tasks, evaluations, conflicts, routing and decisions, in no time."""
+"""Run folders as long runs leave them: many tasks and evaluations, conflicts, routing, decisions."""
 
 from __future__ import annotations
 
@@ -135,19 +135,10 @@ class LongRun:
         return row
 
     def _training(self, rng: np.random.Generator, rows: dict[int, Any]) -> dict[int, Any]:
-        shares, seen = self._shares(), np.zeros(self.tasks)
-        sizes = self._shares() * 20_000
-        steps, losses = (
-            sorted(rows),
-            np.array(
-                [
-                    [rows[s][f"eval_loss/{n}"] for n in self.names]
-                    for s in sorted(rows)
-                    if f"eval_loss/{self.names[0]}" in rows[s]
-                ]
-            ),
-        )
-        evaluated = [s for s in steps if f"eval_loss/{self.names[0]}" in rows[s]]
+        key = f"eval_loss/{self.names[0]}"
+        evaluated = sorted(step for step, row in rows.items() if key in row)
+        losses = np.array([[rows[step][f"eval_loss/{n}"] for n in self.names] for step in evaluated])
+        shares, seen, sizes = self._shares(), np.zeros(self.tasks), 20_000 * self._shares()
         for step in range(10, self.steps + 1, 10):
             if self.looks and step % 400 == 0:
                 shares = shares * rng.uniform(0.8, 1.25, self.tasks)
@@ -155,28 +146,26 @@ class LongRun:
             seen += shares * 320
             row = rows.setdefault(step, {})
             for i, name in enumerate(self.names):
-                row[f"train_loss/{name}"] = float(
-                    np.interp(step, evaluated, losses[:, i]) * (1 + 0.08 * rng.standard_normal())
-                )
+                noise = 1 + 0.08 * rng.standard_normal()
+                row[f"train_loss/{name}"] = float(np.interp(step, evaluated, losses[:, i]) * noise)
                 row[f"mix/{name}"] = float(seen[i] / seen.sum())
                 row[f"repeats/{name}"] = float(seen[i] / sizes[i])
-            row |= {
-                "loss": 2.0,
-                "learning_rate": 2e-4 * (1 - step / self.steps),
-                "grad_norm": float(rng.gamma(4, 0.2)),
-            }
-            row |= {
-                "step_seconds": float(rng.gamma(40, 0.01)),
-                "tokens_per_second": float(8000 + 300 * rng.standard_normal()),
-            }
-            row |= {
-                "health/useful_positions": 0.97,
-                "health/data_wait_seconds": 0.002,
-                "health/memory_gib": 31.2 + step / 1e4,
-            }
+            row |= self._health(rng, step)
         for step, row in rows.items():
             row["tokens"] = step * 4096
         return rows
+
+    def _health(self, rng: np.random.Generator, step: int) -> dict[str, float]:
+        return {
+            "loss": 2.0,
+            "learning_rate": 2e-4 * (1 - step / self.steps),
+            "grad_norm": float(rng.gamma(4, 0.2)),
+            "step_seconds": float(rng.gamma(40, 0.01)),
+            "tokens_per_second": float(8000 + 300 * rng.standard_normal()),
+            "health/useful_positions": 0.97,
+            "health/data_wait_seconds": 0.002,
+            "health/memory_gib": 31.2 + step / 1e4,
+        }
 
     def _looks(self, paths: RunPaths, rng: np.random.Generator, rows: dict[int, Any]) -> dict[int, Any]:
         group = np.arange(self.tasks) % 3
@@ -207,19 +196,13 @@ class LongRun:
         return RoutingStats(counts, self.names, layers, 2)
 
     def _decide(self, paths: RunPaths) -> None:
-        last = self.names[-1]
+        steps = range(400, self.steps + 1, 400)
+        cause = "regret rule: shares follow the regrets"
         decisions: list[dict[str, Any]] = [
-            {
-                "step": s,
-                "action": "mixture",
-                "task": None,
-                "cause": "regret rule: shares follow the regrets",
-                "rate": 1.0,
-            }
-            for s in range(400, self.steps + 1, 400)
+            {"step": step, "action": "mixture", "task": None, "cause": cause, "rate": 1.0} for step in steps
         ]
-        why = "its evaluation loss left its best by more than noise, 2 evaluations in a row, while its training loss fell"
-        decisions.append({"step": 1600, "action": "reweight", "task": last, "cause": why, "factor": 0.5})
-        decisions.append({"step": 2000, "action": "freeze", "task": last, "cause": why, "factor": 0.0})
+        why = "its evaluation loss left its best by more than noise, 2 evaluations in a row"
+        for step, action in ((1600, "reweight"), (2000, "freeze")):
+            decisions.append({"step": step, "action": action, "task": self.names[-1], "cause": why})
         decisions.sort(key=lambda d: d["step"])
         paths.decisions.write_text("".join(json.dumps(d) + "\n" for d in decisions))

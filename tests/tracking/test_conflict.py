@@ -127,7 +127,7 @@ def test_other_tasks_are_refused() -> None:
 
 def test_tasks_in_another_order_are_found_by_name() -> None:
     routing = _routing([[[1, 0], [0, 1], [1, 0]]], ("l",))
-    turned = RoutingStats(routing.counts_LTE[:, ::-1], TASKS[:3][::-1], ("l",))
+    turned = RoutingStats(routing.counts_LTE[:, [2, 0, 1]], ("c", "a", "b"), ("l",))
     conflict = _from({(0, 1): -0.6, (0, 2): -0.2}, 0, 3)
     assert conflict_overlap(conflict, turned) == pytest.approx(conflict_overlap(conflict, routing))
 

@@ -90,14 +90,13 @@ def test_a_fixed_gate_would_hide_the_diffuse_case() -> None:
     assert watched([[1.0] * 24, better])[-1].step.index == pytest.approx(0.52, abs=0.01)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_noise_alone_is_no_seesaw(seed: int) -> None:
+def test_noise_alone_is_no_seesaw() -> None:
     """24 tasks that stay, and seem to move by 0.5 %; an index of all that passes a gate would be high."""
-    steps = noisy(np.ones((30, 24)), 0.005, seed)[1:]
+    steps = [s for seed in range(5) for s in noisy(np.ones((30, 24)), 0.005, seed)[1:]]
     for told in ("index", "paid"):
-        assert np.mean([getattr(s.step, told) for s in steps]) < 0.04
-        assert np.mean([getattr(s.window, told) for s in steps]) < 0.04
-    bare = [Balance(s.window.gain, s.window.regress).index for s in steps[-10:]]
+        assert np.mean([getattr(s.step, told) for s in steps]) < 0.05
+        assert np.mean([getattr(s.window, told) for s in steps]) < 0.05
+    bare = [Balance(s.window.gain, s.window.regress).index for s in steps]
     assert np.mean(bare) > 0.4
     assert not any(s.alarms for s in steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_medical.errors import DataError
-from moe_medical.tracking.sinks import import_wandb, read_metrics
+from moe_medical.tracking.sinks import HEAT_MAP, HEAT_MAP_FIELDS, import_wandb, read_metrics
 from moe_medical.tracking.wandb_file import (
     BLOCK_BYTES,
     FILE_HEADER,
@@ -22,8 +23,10 @@ from moe_medical.tracking.wandb_file import (
     LAST,
     MAGIC,
     MIDDLE,
+    Alert,
     MetricDefinition,
     read_run,
+    run_files,
 )
 
 NUM_STEPS = 40
@@ -34,15 +37,18 @@ from pathlib import Path
 from moe_medical.tracking.sinks import JsonlSink, Sinks, WandbSink
 folder = Path(sys.argv[1])
 config = {{"training": {{"steps": {NUM_STEPS}}}, "hub": {{"token": "{CANARY}"}}}}
-wandb = WandbSink(folder, config, mode="offline")
+wandb = WandbSink(folder, config, mode="offline", name="n", group="g", tags=["x", "y"])
 sinks = Sinks([JsonlSink(folder / "metrics.jsonl"), wandb])
 for step in range({NUM_STEPS}):
     losses = {{f"train_loss/task_{{i}}": 1 / (step + i + 1) for i in range(24)}}
     evals = {{"eval_loss/ner": abs(step - 20.5), "eval_score/ner": step / 7}}
+    evals |= {{"eval/macro_loss": abs(step - 20.5), "eval/macro_score": -abs(step - 20.5)}}
     health = {{"health/grad_norm": float("nan") if step == 3 else 0.5 * step}}
     sinks.log({{"tokens": 1000 * step, **losses, **evals, **health}}, step)
 print("{CANARY}")
-wandb.table("router/usage", ["task", "share"], [["ner", 0.25]])
+sinks.table("seesaw/tasks", ["task", "regret"], [["ner", 0.25], ["qa", None]], 4)
+sinks.heat_map("conflict/cosine", [("ner", "qa", -0.5), ("qa", "ner", None)], 4)
+sinks.alert("task regressed", "ner by 3 %")
 sinks.close(75)
 """
 
@@ -51,9 +57,15 @@ sinks.close(75)
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One real offline run, written by a process that has ended."""
     folder = tmp_path_factory.mktemp("run")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    subprocess.run([sys.executable, "-c", WRITE, str(folder)], env=environ, check=True, timeout=100)
+    command = [sys.executable, "-c", WRITE, str(folder)]
+    subprocess.run(command, env=without_account(folder), check=True, timeout=100)
     return folder
+
+
+def without_account(folder: Path) -> dict[str, str]:
+    """The environment, without the developer's own key."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return kept | {"NETRC": str(folder / "netrc")}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +82,7 @@ def own_values(row: dict[str, float]) -> dict[str, str]:
 @pytest.mark.timeout(120)
 def test_history_equals_metrics_jsonl(run_dir: Path) -> None:
     expected = [{"global_step": row.pop("step"), **row} for row in read_metrics(run_dir / "metrics.jsonl")]
-    history = [row for row in read_run(run_dir).history if "global_step" in row]
+    history = read_run(run_dir).rows()
     assert len(history) == NUM_STEPS
     assert [own_values(row) for row in history] == [own_values(row) for row in expected]
     assert math.isnan(history[3]["health/grad_norm"])
@@ -83,8 +95,60 @@ def test_config_definitions_summary_and_exit_code(run_file: Path) -> None:
     assert MetricDefinition("eval_loss/*", "tokens", ("min",)) in run.metrics
     assert MetricDefinition("eval_score/*", "tokens", ("max",)) in run.metrics
     assert run.summary["eval_loss/ner"] == {"min": 0.5}
+    assert run.summary["eval/macro_loss"] == {"min": 0.5}  # not {"last"}, as eval/* would have it
+    assert run.summary["eval/macro_score"] == {"max": -0.5}
     assert run.summary["global_step"] == NUM_STEPS - 1
     assert run.exit_code == 75
+
+
+def test_name_group_tags_and_alerts(run_file: Path) -> None:
+    run = read_run(run_file)
+    assert (run.name, run.group, run.tags) == ("n", "g", ("x", "y"))
+    assert run.alerts == [Alert("task regressed", "ner by 3 %")]
+    assert run_file.stem == f"run-{run.id}"
+
+
+def test_tables_and_heat_maps(run_file: Path) -> None:
+    run, files = read_run(run_file), run_file.parent / "files"
+    (table,) = (row for row in run.history if "seesaw/tasks/path" in row)
+    (chart,) = (row for row in run.history if "conflict/cosine_table/path" in row)
+    assert table["table_step"] == chart["table_step"] == 4
+    shown = json.loads((files / table["seesaw/tasks/path"]).read_text())
+    assert (shown["columns"], shown["data"]) == (["task", "regret"], [["ner", 0.25], ["qa", None]])
+    shown = json.loads((files / chart["conflict/cosine_table/path"]).read_text())
+    assert shown["data"] == [["ner", "qa", -0.5]]
+    panel = run.config["_wandb/visualize/conflict/cosine"]["panel_config"]
+    assert panel["panelDefId"] == HEAT_MAP
+    assert panel["fieldSettings"] == HEAT_MAP_FIELDS
+
+
+START = """
+import os, sys
+from pathlib import Path
+from moe_medical.config import RunConfig
+from moe_medical.tracking.sinks import open_sinks
+folder, first, end, exit_code = Path(sys.argv[1]), *map(int, sys.argv[2:])
+sinks = open_sinks(RunConfig(), folder, first)
+for step in range(first + 1, end + 1):
+    sinks.log({"tokens": 100 * step, "train_loss/ner": 1 / step}, step)
+sinks.close(exit_code)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_resumed_run_goes_on_in_another_file_of_the_same_id(tmp_path: Path) -> None:
+    """Saved after step 3, stopped after step 5: steps 4 and 5 are in both files, all others in one."""
+    for first, end, exit_code in ((0, 5, 75), (3, 8, 0)):
+        command = [sys.executable, "-c", START, str(tmp_path), str(first), str(end), str(exit_code)]
+        subprocess.run(command, env=without_account(tmp_path), check=True, timeout=60)
+    stopped, resumed = (read_run(file) for file in run_files(tmp_path))
+    assert (stopped.exit_code, resumed.exit_code) == (75, 0)
+    assert stopped.id == resumed.id
+    assert [row["global_step"] for row in stopped.rows()] == [1, 2, 3, 4, 5]
+    assert [row["global_step"] for row in resumed.rows()] == [4, 5, 6, 7, 8]
+    together = {row["global_step"]: row for row in [*stopped.rows(), *resumed.rows()]}
+    expected = [{"global_step": row.pop("step"), **row} for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert [own_values(row) for row in together.values()] == [own_values(row) for row in expected]
 
 
 def test_neither_secrets_nor_printed_text_reach_any_file(run_dir: Path) -> None:

@@ -235,6 +235,14 @@ def test_single_runs_are_free_of_what_balances_tasks(trained: Trained) -> None:
     assert multi.config.training.guard.action == "reweight"
 
 
+def test_controls_keep_the_ranks_but_have_no_experts_to_spread(trained: Trained) -> None:
+    spread = ["parallel.ranks=2", "parallel.ep_size=2", "tracking.wandb.enabled=true"]
+    for control in _controls(trained.run, spread):
+        assert (control.config.parallel.ranks, control.config.parallel.ep_size) == (2, 1)
+        assert control.config.tracking.wandb.group == "tiny-baseline"
+        assert control.paths.root.parent == trained.folder
+
+
 @pytest.mark.parametrize("router", ["token", "task"])
 def test_parameters_match_within_one_rank_for_both_routers(trained: Trained, router: str) -> None:
     overrides = [f"adapters.router={router}", "adapters.alpha=12"]

@@ -1,4 +1,4 @@
-"""Looks at the tasks' gradients: as exact as sketches promise, the same on any ranks, and nobody's business."""
+"""Looks at the tasks' gradients: as exact as sketches promise, the same on any ranks, disturbing nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from support.training import Layout, start, write_zero_settings
 ADAPTERS = {"num_experts": 4, "top_k": 2, "rank": 4, "alpha": 8, "dropout": 0.1, "balance_coefficient": 0.5}
 SIZE = 4096
 SEEDS = 24
-LOOKED_AT = [
+LOOKED_AT: list[dict[str, Any]] = [
     {"zero": 0, "accumulation": 2},
     {"zero": 1, "checkpointing": "non_reentrant"},
     {"zero": 2, "batching": "packed", "accumulation": 2},
     {"zero": 2, "offload": True},
 ]
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"zero": 3},
     "parallel.ep_size": {"ep_size": 2},
     "reentrant": {"checkpointing": "reentrant"},

@@ -43,6 +43,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, png: Path | None
     records = read_runs(runs)
     report, page = make_report(records), out or Path(runs[0]) / "report.html"
     write_page(page, title(records), report.html)
-    for chart in report.charts if png else ():
-        chart.write_png(png)
+    if png is not None:
+        for chart in report.charts:
+            chart.write_png(png)
     return page

@@ -173,14 +173,14 @@ def conflict_order(look: Conflict) -> list[str]:
     """Tasks such that those that pull together are neighbours; tasks without a gradient are left out."""
     from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 
-    known = np.flatnonzero(np.isfinite(np.diag(look.cosine_TT)))
+    known = np.flatnonzero(np.isfinite(np.diag(look.cosine_TT))).tolist()
     names = [look.tasks[i] for i in known]
     if len(names) < 3:
         return names
     distances = np.clip(1 - np.nan_to_num(look.cosine_TT[np.ix_(known, known)]), 0, 2)
     condensed = distances[np.triu_indices(len(names), k=1)]
     tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
-    return [names[i] for i in leaves_list(tree)]
+    return [names[i] for i in leaves_list(tree).tolist()]
 
 
 def worst_tasks(found: Sequence[Standing], share: float) -> list[Standing]:

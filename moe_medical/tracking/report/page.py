@@ -16,7 +16,7 @@ from moe_medical.tracking.report.findings import Standing, standings, whole_rout
 from moe_medical.tracking.report.record import RunRecord
 from moe_medical.tracking.report.words import comparison, shared, summary
 
-_DECISIONS = 60
+_DECISIONS, _PAIRS = 60, 12
 _NOTES = {
     "task": "the largest share of the run first",
     "share": "of all samples that the run has trained on",
@@ -28,7 +28,7 @@ _NOTES = {
     "first to last": "whether the change is more than noise: the gate or twice its paired standard error",
     "score": "at the last evaluation; how it is measured stands beside it",
     "95 % interval": "of the score, by bootstrap over the rows",
-    "MTL gain": "relative to the loss of a model trained on this task alone; negative: it would do better alone",
+    "MTL gain": "against the loss of a model of its own; negative: the task would do better alone",
 }
 
 
@@ -46,7 +46,7 @@ class Report:
     def section(self, title: str, note: str = "") -> None:
         anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         self.sections.append((anchor, title))
-        self.add(f'<h2 id="{anchor}">{escape(title)}</h2>{_soft(note)}')
+        self.add(f'<h2 id="part-{anchor}">{escape(title)}</h2>{_soft(note)}')
 
     def draw(self, name: str, chart: Any | None, summary: str, note: str = "") -> None:
         """Put a chart in, if there is something to draw."""
@@ -66,8 +66,9 @@ def make_report(runs: Sequence[RunRecord]) -> Report:
     _together(report, runs)
     for number, run in enumerate(runs):
         _one_run(report, run, alone=len(runs) == 1, opened=number == 0)
+    _health(report, runs)
     _settings(report, runs)
-    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in report.sections)
+    links = "".join(f'<a href="#part-{anchor}">{escape(title)}</a>' for anchor, title in report.sections)
     report.html = f"{_head(runs)}<nav>{links}</nav>{report.html}"
     return report
 
@@ -83,7 +84,7 @@ def _head(runs: Sequence[RunRecord]) -> str:
     if len(runs) == 1:
         return f"<h1>{escape(runs[0].name)}</h1>{_facts(runs[0])}{_cards(runs[0])}"
     names = "".join(
-        f'<p><span class="dot" style="background:{colour}"></span><b>{escape(run.name)}</b> '
+        f'<p class="run"><span class="dot" style="background:{colour}"></span><b>{escape(run.name)}</b> '
         f'<span class="soft">{escape(_told(run))}</span></p>'
         for run, colour in zip(runs, RUN_COLOURS * len(runs), strict=False)
     )
@@ -159,6 +160,7 @@ def _together(report: Report, runs: Sequence[RunRecord]) -> None:
         report.section("In short")
         report.add(_list(summary(runs[0])))
         _per_task(report, runs[0])
+        _seesaw(report, runs[0], "", alone=True)
     report.section("Losses", "Dots: loss on the probe rows at an evaluation. Thin line: training loss.")
     report.draw("macro_loss", losses.macro(runs), "Mean loss and mean score of all tasks over the tokens")
     report.draw("task_losses", losses.task_losses(runs), "Training and evaluation loss of each task")
@@ -166,6 +168,9 @@ def _together(report: Report, runs: Sequence[RunRecord]) -> None:
         report.section("Scores")
         report.draw("last_scores", losses.last_scores(runs), "Score of each task with its 95 % interval")
         report.draw("task_scores", losses.task_scores(runs), "Score of each task over the tokens")
+
+
+def _health(report: Report, runs: Sequence[RunRecord]) -> None:
     chart = speed.series(runs, list(dict.fromkeys(name for run in runs for name in speed.of_speed(run))))
     if chart is not None:
         report.section("Speed, memory and health", "Means over neighbouring steps.")
@@ -174,7 +179,9 @@ def _together(report: Report, runs: Sequence[RunRecord]) -> None:
 
 def _compare(report: Report, runs: Sequence[RunRecord]) -> None:
     report.section("Compared", f"Everything is compared with {runs[0].name}, on the same probe rows.")
-    report.add(_list(comparison(runs)))
+    columns, rows = _setting_rows(runs)
+    report.add("<h3>What differs</h3>" + table(columns, [row for row in rows if len(set(row[1:])) > 1]))
+    report.add("<h3>What came of it</h3>" + _list(comparison(runs)))
     lines = [dict(_headline(run)) for run in runs]
     names = list(dict.fromkeys(name for line in lines for name in line))
     rows = [[name, *(line.get(name, "–") for line in lines)] for name in names]
@@ -201,7 +208,7 @@ def _one_run(report: Report, run: RunRecord, alone: bool, opened: bool) -> None:
         report.add(f"<details{' open' if opened else ''}><summary>All about {escape(run.name)}</summary>")
         report.add(_cards(run) + _list(summary(run)))
         _per_task(report, run, heading=False)
-    _seesaw(report, run, prefix, alone)
+        _seesaw(report, run, prefix, alone)
     _mixture(report, run, prefix, alone)
     _conflict(report, run, prefix, alone)
     _routing(report, run, prefix, alone)
@@ -302,8 +309,8 @@ def _conflict(report: Report, run: RunRecord, prefix: str, alone: bool) -> None:
     step, look = list(run.conflicts.items())[-1]
     _heading(report, "Gradient conflicts", alone)
     note = (
-        f"At step {step:,}. Red: two tasks pull the shared weights apart, blue: they pull together, grey: no more "
-        f"than noise (|cosine| below {look.noise:.3f}). Tasks that pull together are neighbours."
+        f"At step {step:,}. Red: two tasks pull the shared weights apart, blue: they pull together, grey: "
+        f"no more than noise (|cosine| below {look.noise:.3f}). Tasks that pull together are neighbours."
     )
     report.draw(
         f"{prefix}conflicts", maps.conflict(look), "Cosine between the gradients of each two tasks", note
@@ -326,11 +333,14 @@ def _routing(report: Report, run: RunRecord, prefix: str, alone: bool) -> None:
     report.draw(f"{prefix}expert_load", maps.expert_load(stats), "Share of each expert in each layer", note)
     pairs = shared(run)
     if pairs:
-        report.add(
-            "<h3>Where tasks in conflict share experts</h3>" + _list([p.sentence() for p in pairs[:12]])
+        report.add("<h3>Where tasks in conflict share experts</h3>")
+        note = "The pairs in strongest conflict; the numbers are the experts that both use in that layer."
+        chart = maps.sharing(pairs[:_PAIRS], stats)
+        report.draw(
+            f"{prefix}shared_experts", chart, "Layers in which tasks in conflict share an expert", note
         )
-        chart = maps.sharing(pairs[:12], stats)
-        report.draw(f"{prefix}shared_experts", chart, "Layers in which tasks in conflict share an expert")
+        words = _list([pair.sentence() for pair in pairs[:_PAIRS]])
+        report.add(f"<details><summary>In words</summary>{words}</details>")
     names = [f"router/{n}" for n in run.names("router")]
     report.draw(f"{prefix}router_series", speed.series([run], names), "Routing over the steps")
 
@@ -338,12 +348,13 @@ def _routing(report: Report, run: RunRecord, prefix: str, alone: bool) -> None:
 # Settings
 
 
-def _settings(report: Report, runs: Sequence[RunRecord]) -> None:
+def _setting_rows(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     known = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = [[key, *(run.settings.get(key, "–") for run in runs)] for key in known]
-    columns = ["setting", *(run.name for run in runs)]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
+    return ["setting", *(run.name for run in runs)], rows
+
+
+def _settings(report: Report, runs: Sequence[RunRecord]) -> None:
+    columns, rows = _setting_rows(runs)
     report.section("Settings")
-    if len(runs) > 1:
-        report.add("<h3>What differs</h3>" + table(columns, differing))
     report.add(f"<details><summary>All settings</summary>{table(columns, rows)}</details>")

@@ -1,8 +1,8 @@
 """What a run has left in its folder, as numbers and names.
 
-Decisions: a run that still goes, was killed or never looked at conflicts has less to show and still gives a
-record; a file that cannot be read is named in `unreadable` and left out. Of the config only the sections below
-are read, paths as their last part: nothing of the machine, no record and no secret gets into a report.
+Decisions: a run that still goes, was killed or never looked at conflicts has less to show and still gives
+a record; a file that cannot be read is named in `unreadable` and left out. Of the config only the sections
+below are read, paths as their last part: nothing of the machine and no secret gets into a report.
 """
 
 from __future__ import annotations

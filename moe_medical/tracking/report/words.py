@@ -39,13 +39,11 @@ def _tasks(found: Sequence[Standing]) -> Iterator[str]:
     judged = [s for s in found if s.verdict]
     if judged:
         better, worse = ([s for s in judged if s.verdict == v] for v in ("better", "worse"))
-        text = f"{len(better)} of {len(judged)} tasks improved from the first to the last evaluation by more than noise"
         same = len(judged) - len(better) - len(worse)
-        text += f", {same} stayed within it" if same else ""
+        middle = f", {same} stayed within it" if same else ""
         yield (
-            f"{text}; {len(worse)} got worse: {named([s.task for s in worse])}."
-            if worse
-            else f"{text}; none got worse."
+            f"{len(better)} of {len(judged)} tasks improved from the first to the last evaluation by more "
+            f"than noise{middle}; {_count(worse, 'got worse')}"
         )
     broken = [s for s in found if not math.isfinite(s.last)]
     if broken:
@@ -119,8 +117,8 @@ def _conflicts(run: RunRecord) -> Iterator[str]:
     step, look = list(run.conflicts.items())[-1]
     if look.pairs:
         text = (
-            f"At step {step:,} the gradients of {len(look.conflicts)} of {len(look.pairs)} pairs of tasks pull "
-            f"apart by more than noise"
+            f"At step {step:,} the gradients of {len(look.conflicts)} of {len(look.pairs)} pairs of tasks "
+            "pull apart by more than noise"
         )
         pairs = [f"{p.first} and {p.second} ({p.cosine:.2f})" for p in look.strong[:3]]
         yield f"{text}; most of all {', '.join(pairs)}." if pairs else f"{text}, none beyond doubt."
@@ -171,8 +169,8 @@ def comparison(runs: Sequence[RunRecord]) -> list[str]:
         better, worse = ([t for t, v in verdicts.items() if v == what] for what in ("better", "worse"))
         if verdicts:
             told.append(
-                f"{run.name} against {runs[0].name}: of {len(verdicts)} tasks {len(better)} end better by more "
-                f"than noise{_list(better)}, {len(worse)} worse{_list(worse)}."
+                f"{run.name} against {runs[0].name}: of {len(verdicts)} tasks {len(better)} end better by "
+                f"more than noise{_list(better)}, {len(worse)} worse{_list(worse)}."
             )
         else:
             told.append(

@@ -1,1 +1,1 @@
-"""The pictures of a report, one module per subject; each function gives altair charts or None without data."""
+"""The pictures of a report, by subject; each function gives an altair chart, or None without data."""

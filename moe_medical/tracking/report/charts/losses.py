@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -86,7 +87,9 @@ def _trained(runs: Sequence[RunRecord]) -> Iterator[tuple[Any, ...]]:
 def _loss_layers(runs: Sequence[RunRecord]) -> list[Any]:
     base = alt.Chart().encode(
         x=alt.X("tokens:Q", title=None, axis=_TOKENS),
-        y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4)),
+        y=alt.Y(
+            "loss:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4, labelFlush=True)
+        ),
         tooltip=["task:N", "run:N", "kind:N", "tokens:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
     colour = run_colour([run.name for run in runs]) if len(runs) > 1 else alt.value(GAIN)
@@ -121,10 +124,15 @@ def task_scores(runs: Sequence[RunRecord]) -> Any | None:
         color=run_colour([run.name for run in runs]) if len(runs) > 1 else alt.value(GAIN),
         tooltip=["task:N", "run:N", "metric:N", "tokens:Q", *_score_tips()],
     )
-    y = {"scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=4)}
+    y = {"scale": alt.Scale(zero=False), "axis": alt.Axis(tickCount=4, labelFlush=True)}
     band = base.mark_area(opacity=0.16).encode(y=alt.Y("low:Q", title=None, **y), y2="high:Q")
     line = base.mark_line(strokeWidth=1.8, point={"size": 14}).encode(y=alt.Y("score:Q", title=None, **y))
-    return _small(runs, source, [band, line], "score of each task with its 95 % interval")
+    layers = [band, line] if _has_intervals(rows) else [line]
+    return _small(runs, source, layers, "score of each task, with its 95 % interval where there is one")
+
+
+def _has_intervals(rows: Sequence[tuple[Any, ...]]) -> bool:
+    return any(end is not None and math.isfinite(end) for row in rows for end in row[-2:])
 
 
 def _score_tips() -> list[Any]:
@@ -144,17 +152,23 @@ def last_scores(runs: Sequence[RunRecord]) -> Any | None:
     source = data(**columns("task run metric before score low high", rows))
     names, order = [run.name for run in runs], list(dict.fromkeys(row[0] for row in rows))
     offset = {"yOffset": alt.YOffset("run:N", sort=names)} if len(runs) > 1 else {}
-    base = alt.Chart(source, width=WIDTH - 330, height=alt.Step(max(17, 9 * len(runs)))).encode(
+    base = alt.Chart(source, width=WIDTH - 330, height=_height(order, len(runs))).encode(
         y=alt.Y("task:N", sort=order, title=None, axis=task_axis(grid=True)),
         color=run_colour(names) if len(runs) > 1 else alt.value(GAIN),
         tooltip=["task:N", "run:N", "metric:N", "before:Q", *_score_tips()],
         **offset,
     )
-    x = {"scale": alt.Scale(zero=True), "title": "score at the last evaluation; ring: at the first"}
+    scale = alt.Scale(domain=[0, 1]) if max(row[4] for row in rows) <= 1 else alt.Scale(zero=True)
+    x = {"scale": scale, "title": "score at the last evaluation; ring: at the first"}
     interval = base.mark_rule(strokeWidth=3, opacity=0.35).encode(x=alt.X("low:Q", **x), x2="high:Q")
     dot = base.mark_circle(size=52, opacity=1).encode(x=alt.X("score:Q", **x))
     ring = base.mark_point(size=36, strokeWidth=1.2, opacity=0.8).encode(x=alt.X("before:Q", **x))
-    return interval + ring + dot
+    return interval + ring + dot if _has_intervals(rows) else ring + dot
+
+
+def _height(order: Sequence[str], runs: int) -> int:
+    """Pixels of a list of tasks with a line for each run."""
+    return len(order) * max(18, 9 * runs)
 
 
 def last_losses(runs: Sequence[RunRecord]) -> Any | None:
@@ -183,7 +197,7 @@ def _percent(change: Change) -> tuple[float, float, float, str]:
 def _loss_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Sequence[str]) -> Any:
     source = data(**columns("task run loss", rows))
     return (
-        alt.Chart(source, width=330, height=alt.Step(max(18, 9 * (len(names) - 1))), title="last loss")
+        alt.Chart(source, width=330, height=_height(order, len(names) - 1), title="last loss")
         .mark_point(size=48, strokeWidth=1.8, opacity=0.9)
         .encode(
             x=alt.X("loss:Q", title="nats per token", scale=alt.Scale(zero=True)),
@@ -196,7 +210,7 @@ def _loss_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Seq
 
 def _difference_dots(rows: Sequence[tuple[Any, ...]], names: Sequence[str], order: Sequence[str]) -> Any:
     source = data(**columns("task run better low high verdict", rows))
-    base = alt.Chart(source, width=330, height=alt.Step(max(18, 9 * (len(names) - 1)))).encode(
+    base = alt.Chart(source, width=330, height=_height(order, len(names) - 1)).encode(
         y=alt.Y("task:N", sort=list(order), title=None, axis=task_axis(labels=False, grid=True)),
         yOffset=alt.YOffset("run:N", sort=list(names[1:])),
         color=run_colour(names),

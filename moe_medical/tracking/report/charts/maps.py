@@ -26,6 +26,7 @@ from moe_medical.tracking.routing_stats import RoutingStats
 
 _SQUARE = 620
 _LAYERS_SHOWN = 3
+_CELL_LETTERS = 5
 
 
 def conflict(look: Conflict) -> Any | None:
@@ -60,7 +61,7 @@ def task_experts(stats: RoutingStats) -> Any | None:
     """Use of the experts by each task, in the layers that tell tasks apart most."""
     told = np.nan_to_num(stats.task_information_L)
     layers = sorted(np.argsort(-told, kind="stable")[:_LAYERS_SHOWN].tolist())
-    tasks = np.flatnonzero(stats.present)
+    tasks = np.flatnonzero(stats.present).tolist()
     if not len(tasks) or stats.counts_LTE.shape[-1] < 2:
         return None
     names, experts = short_layers(stats.layers), range(stats.counts_LTE.shape[-1])
@@ -99,7 +100,7 @@ def _by_top_expert(stats: RoutingStats, layers: Sequence[int]) -> list[str]:
 
 
 def expert_load(stats: RoutingStats) -> Any | None:
-    """Share of each expert in each layer, dead ones crossed out, and what the layer's routers know of tasks."""
+    """Share of each expert in each layer, dead ones crossed out, and what its router knows of tasks."""
     if stats.counts_LTE.shape[-1] < 2 or not stats.counts_LTE.sum():
         return None
     names, (layers, experts) = short_layers(stats.layers), stats.load_LE.shape
@@ -151,27 +152,33 @@ def sharing(pairs: Sequence[SharedExperts], stats: RoutingStats) -> Any | None:
         return None
     names = dict(zip(stats.layers, short_layers(stats.layers), strict=True))
     rows = [
-        (f"{p.first} – {p.second}", names[layer], expert, -p.cosine)
+        (f"{p.first} – {p.second}", names[layer], ", ".join(map(str, experts)), _brief(experts), p.cosine)
         for p in pairs
-        for layer, expert in _first_of_each_layer(p)
+        for layer, experts in _by_layer(p).items()
     ]
     order = list(dict.fromkeys(row[0] for row in rows))
-    width = int(min(24, max(6, 700 / len(names))))
+    width = int(min(28, max(6, 700 / len(names))))
     shown = [names[layer] for layer in stats.layers]
     base = alt.Chart(
-        data(**columns("pair layer expert conflict", rows)), width=alt.Step(width), height=alt.Step(20)
+        data(**columns("pair layer experts brief cosine", rows)), width=alt.Step(width), height=alt.Step(20)
     ).encode(
         x=alt.X("layer:N", scale=alt.Scale(domain=shown), title="layer", axis=task_axis(labelAngle=-60)),
         y=alt.Y("pair:N", sort=order, title=None, axis=task_axis(labelLimit=330)),
-        tooltip=["pair:N", "layer:N", "expert:O", alt.Tooltip("conflict:Q", format=".2f")],
+        tooltip=["pair:N", "layer:N", "experts:N", alt.Tooltip("cosine:Q", format=".2f")],
     )
     cells = base.mark_rect(color=LOSS, opacity=0.75, cornerRadius=2)
     if width < 12:
         return cells
-    return cells + base.mark_text(fontSize=10, color="white").encode(text="expert:O")
+    return cells + base.mark_text(fontSize=9, color="white").encode(text="brief:N")
 
 
-def _first_of_each_layer(pair: SharedExperts) -> list[tuple[str, int]]:
-    return list(
-        {layer: (layer, e) for layer, e in reversed([*zip(pair.layers, pair.experts, strict=True)])}.values()
-    )
+def _by_layer(pair: SharedExperts) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for layer, expert in zip(pair.layers, pair.experts, strict=True):
+        found.setdefault(layer, []).append(expert)
+    return found
+
+
+def _brief(experts: Sequence[int]) -> str:
+    text = " ".join(map(str, experts))
+    return text if len(text) <= _CELL_LETTERS else f"{experts[0]} …"

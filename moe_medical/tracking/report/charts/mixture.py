@@ -80,7 +80,8 @@ def _steps_and_values(run: RunRecord, name: str) -> tuple[Floats, Floats]:
 
 
 def _colour(names: Sequence[str]) -> alt.Color:
-    scale = alt.Scale(domain=list(names), range=TASK_COLOURS[: len(names) - 1] + [GREY])
+    colours = [GREY if name == _OTHERS else TASK_COLOURS[i] for i, name in enumerate(names)]
+    scale = alt.Scale(domain=list(names), range=colours)
     return alt.Color("task:N", scale=scale, sort=list(names), legend=alt.Legend(title=None, labelLimit=190))
 
 
@@ -129,10 +130,8 @@ def _decisions(run: RunRecord) -> Any:
     )
 
 
-def _repeats(run: RunRecord, steps: Floats, names: Sequence[str]) -> Any | None:
-    shown = [name for name in names if name != _OTHERS]
-    most = sorted(run.tasks, key=lambda t: -np.nan_to_num(run.curve(f"repeats/{t}").last))[:3]
-    tasks = [*shown, *(task for task in most if task not in shown)]
+def _repeats(run: RunRecord, steps: Floats, names: Sequence[str]) -> Any:
+    tasks = [name for name in names if name != _OTHERS]
     source = data(
         task=[name for name in tasks for _ in steps],
         step=[step for _ in tasks for step in steps],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,14 +78,16 @@ def task_axis(**settings: Any) -> alt.Axis:
 def run_colour(names: Sequence[str], **settings: Any) -> alt.Color:
     """The colour of each run, the same in all charts; without a legend for one run."""
     scale = alt.Scale(domain=list(names), range=RUN_COLOURS[: len(names)])
-    legend = alt.Legend(orient="top", labelLimit=300, **settings) if len(names) > 1 else None
+    legend = alt.Legend(orient="top", labelLimit=300, symbolOpacity=1, **settings) if len(names) > 1 else None
     return alt.Color("run:N", scale=scale, legend=legend, title=None)
 
 
-def small_multiples(panel: Any, by: str, order: Sequence[str], columns: int, title: str = "") -> Any:
+def small_multiples(
+    panel: Any, by: str, order: Sequence[str], columns: int, title: str = "", gap: int = 50
+) -> Any:
     """A grid of panels of one size, each with axes of its own, aligned by their plots."""
     facet = alt.Facet(by, sort=list(order), header=headers())
-    gaps = {"row": 40, "column": 50}
+    gaps = {"row": 46, "column": gap}
     grid = panel.facet(facet, columns=columns, spacing=gaps, bounds="flush")
     grid = grid.resolve_scale(y="independent").resolve_axis(x="independent")
     return grid.properties(title=alt.TitleParams(title, dy=-14)) if title else grid
@@ -95,7 +96,7 @@ def small_multiples(panel: Any, by: str, order: Sequence[str], columns: int, tit
 def plain_numbers(**settings: Any) -> alt.Axis:
     """0.002 and 8.2k, never 2m."""
     text = "abs(datum.value) >= 10000 ? format(datum.value, '~s') : format(datum.value, '~r')"
-    return alt.Axis(**{"labelExpr": text, "tickCount": 4, **settings})
+    return alt.Axis(**{"labelExpr": text, "tickCount": 4, "labelFlush": True, **settings})
 
 
 def headers(**settings: Any) -> alt.Header:
@@ -114,7 +115,12 @@ def short_layers(layers: Sequence[str]) -> list[str]:
     """Layer names without what all of them begin or end with."""
     if len(layers) < 2:
         return list(layers)
-    start = os.path.commonprefix(list(layers)).rpartition(".")[0]
-    cut = [name[len(start) :].lstrip(".") for name in layers]
-    end = os.path.commonprefix([name[::-1] for name in cut]).rpartition(".")[0]
-    return [name[: len(name) - len(end)].rstrip(".") if end else name for name in cut]
+    parts = [name.split(".") for name in layers]
+    before, after = _equal(parts), _equal([part[::-1] for part in parts])
+    short = [".".join(part[before : len(part) - after]) for part in parts]
+    return short if all(short) else list(layers)
+
+
+def _equal(parts: Sequence[Sequence[str]]) -> int:
+    """Places from the start at which all are the same."""
+    return next((i for i, at in enumerate(zip(*parts, strict=False)) if len(set(at)) > 1), 0)

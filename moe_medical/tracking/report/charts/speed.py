@@ -46,7 +46,7 @@ def series(runs: Sequence[RunRecord], names: Sequence[str]) -> Any | None:
             tooltip=["series:N", "run:N", "step:Q", alt.Tooltip("value:Q", format=",.4~f")],
         )
     )
-    return small_multiples(panel, "series:N", order, columns=4)
+    return small_multiples(panel, "series:N", order, columns=4, gap=62)
 
 
 def of_speed(run: RunRecord) -> list[str]:
