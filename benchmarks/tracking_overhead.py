@@ -13,8 +13,8 @@ of the machine meets all of them. All go through the trainer's own observer, fil
 Seconds are those of the processor, which other work on the machine does not stretch. A look costs the same
 whatever the batch, so that its share falls as the global batch grows: shares are given for several batches,
 those not measured with a step that grows in proportion. Where fewer rows than the default's are looked at,
-cost is multiplied up, as if all of it went with the rows. A case that is in the result already is kept
-unless it is asked for by name.
+cost is multiplied up, as if all of it went with the positions that batches have, padding included. A case
+that is in the result already is kept unless it is asked for by name.
 """
 
 from __future__ import annotations
@@ -127,10 +127,13 @@ def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
     trainer.folder.create(config)
     trainer.sinks.append(JsonlSink(trainer.folder.metrics))
     seconds: dict[str, list[float]] = defaultdict(list)
+    scale = {
+        part: positions(trainer, rows) / positions(trainer, case.rows[part]) for part, rows in ROWS.items()
+    }
     take_step(trainer, 0, PLAIN)
     for number in range(1, rounds + 1):
         for part, value in one_round(trainer, number).items():
-            seconds[part].append(value * (ROWS[part] / case.rows[part] if part in ROWS else 1))
+            seconds[part].append(value * scale.get(part, 1.0))
         LOG.info("round %d of %d: %s", number, rounds, {k: round(v[-1], 2) for k, v in seconds.items()})
     batch = config.training.global_batch
     return {
@@ -141,6 +144,7 @@ def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
             "global_batch": batch,
             "rows": ROWS,
             "measured_rows": case.rows,
+            "multiplied_by": scale,
             "trainable_parameters": sum(p.numel() for p in trainer.engine.named.values()),
             "rounds": rounds,
         },
@@ -171,6 +175,14 @@ def write_run(scratch: Path, case: Case) -> Path:
     path = scratch / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return path
+
+
+def positions(trainer: Trainer, rows: int) -> int:
+    """Positions of the batches of an evaluation of so many rows of each task."""
+    chat, size = trainer.feed.chat, trainer.config.evaluation.batch_rows
+    examples = [example for task in trainer.tasks for example in task.evaluation[:rows]]
+    lengths = sorted((len(chat.encode(e.prompt, e.target).input_ids) for e in examples), reverse=True)
+    return sum(length * len(lengths[i : i + size]) for i, length in enumerate(lengths) if i % size == 0)
 
 
 def one_round(trainer: Trainer, number: int) -> dict[str, float]:

@@ -210,7 +210,7 @@ _STYLE = """
   --gain: #2a62b0; --loss: #b5411c; --gain-bar: #3b7dd833; --loss-bar: #d9542b38 } }
 * { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
-  background: var(--page); margin: 0 }
+  background: var(--page); margin: 0; overflow-wrap: anywhere }
 main { max-width: 1200px; margin: 0 auto; padding: 2.2rem 1.5rem 4rem }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em }
 h2 { font-size: 1.25rem; margin: 3rem 0 .4rem; padding-top: .9rem; border-top: 1px solid var(--line) }
@@ -234,7 +234,7 @@ th { background: var(--head); font-weight: 600; text-align: left; white-space: n
   top: 0 }
 td, th { padding: .26rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
 th[title] { text-decoration: underline dotted var(--soft); text-underline-offset: 3px; cursor: help }
-td:first-child { overflow-wrap: anywhere; min-width: 7em }
+table { overflow-wrap: normal } td:first-child { overflow-wrap: anywhere; min-width: 7em }
 td.number { text-align: right; white-space: nowrap } tbody tr:hover { background: var(--head) }
 td.bar.gain { background: linear-gradient(90deg, var(--gain-bar) var(--bar), transparent var(--bar)) }
 td.bar.loss { background: linear-gradient(90deg, var(--loss-bar) var(--bar), transparent var(--bar)) }

@@ -11,13 +11,17 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from moe_medical.config import RunConfig, save_config
+import yaml
+
+from moe_medical.config import RunConfig
 from moe_medical.data.sources import BadRecord
 from moe_medical.errors import StorageError
 from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.tracking.privacy import redact
 from moe_medical.tracking.run_paths import RunPaths
 
 _LOG = logging.getLogger(__name__)
@@ -62,14 +66,16 @@ class RunFolder(RunPaths):
                     self.root.rmdir()
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder and put the resolved config into it.
+        """Make the folder and put the resolved config into it, without secrets.
 
         Raises:
             StorageError: the file system refused; so do all writers here.
         """
         with _writing(self.config):
             self.root.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.config)
+            self.config.write_text(
+                yaml.safe_dump(redact(asdict(config)), sort_keys=False, allow_unicode=True)
+            )
 
     def write_set_aside(self, records: Iterable[BadRecord]) -> None:
         """List the records that could not be used: place, reason and hash, never their text."""

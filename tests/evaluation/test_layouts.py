@@ -29,9 +29,9 @@ from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult
-from moe_medical.evaluation.generate import generate_ids
 
 ROWS = 11
+NEW_TOKENS = 12
 BATCHES = (1, 3, 16)
 OPTIONS = ("w1", "w2", "w3", "w4 w5", "w2")
 """The last is the second again: equally likely, so the second is taken."""
@@ -80,7 +80,7 @@ def _subject(run: str, router: str = "token") -> tuple[nn.Module, RoutingContext
 
 def _section(batch_rows: int, choices: str = "likelihood") -> EvaluationSection:
     rows = {"loss_rows": 5, "score_rows": ROWS, "batch_rows": batch_rows}
-    return EvaluationSection("test", **rows, max_new_tokens=12, choices=choices, resamples=200)
+    return EvaluationSection("test", **rows, max_new_tokens=NEW_TOKENS, choices=choices, resamples=200)
 
 
 def _alone() -> Topology:
@@ -125,19 +125,17 @@ def test_answers_and_scores_depend_on_neither_ranks_nor_batch_size(run_file: str
 
 def test_a_row_is_answered_as_it_is_alone(run_file: str) -> None:
     """Token by token with plain forwards, without cache, padding or mask."""
-    model, _, chat, tasks = _subject(run_file)
+    model, context, chat, tasks = _subject(run_file)
+    answers: list[Answered] = []
+    Evaluator(tasks, chat, _section(4), _alone(), False, context).run(model, 0, tell=answers.append)
     prompts = [chat.encode_prompt(example.prompt) for example in tasks[0].evaluation]
     assert len(prompts[0]) * 3 < len(prompts[-1])
-    made = generate_ids(model, prompts, chat, 6, torch.device("cpu"))
-    for prompt, line in zip(prompts, made.tolist(), strict=True):
+    for prompt, answered in zip(prompts, answers[:ROWS], strict=True):
         ids = list(prompt)
-        for _ in range(6):
+        while len(ids) < len(prompt) + NEW_TOKENS and ids[-1:] != [chat.end_id]:
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == chat.end_id:
-                break
-        said = [i for i in ids[len(prompt) :] if i != chat.end_id]
-        assert [i for i in line if i >= 0] == said
+        assert answered.prediction == chat.decode([i for i in ids[len(prompt) :] if i != chat.end_id])
 
 
 @torch.no_grad()

@@ -43,7 +43,9 @@ class Page:
             self._call(f"{domain}.enable")
 
     def open(self, path: Path, dark: bool = False, width: int = 1280, height: int = 900) -> None:
-        """Open a page and wait until its charts are drawn."""
+        """Open a page and wait until its charts are drawn; forgets what was told of the last one."""
+        self._call("Page.navigate", url="about:blank")
+        self.requests, self.complaints = [], []
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

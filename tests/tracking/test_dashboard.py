@@ -15,9 +15,10 @@ from moe_medical.errors import DataError, MoeMedicalError, StorageError
 from moe_medical.tracking.dashboard import dump_dashboard, push_dashboard
 
 SERIES = [
-    "tokens", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "health/data_wait_seconds",
-    "train_loss/ner", "train_loss/qa", "eval_loss/ner", "eval_loss/qa", "eval_score/ner", "eval/macro_loss",
-    "eval/macro_score", "regret/ner", "mtl_gain/ner", "mix/ner", "mix/qa", "repeats/ner",
+    "tokens", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second",
+    "health/data_wait_seconds", "train_loss/ner", "train_loss/qa", "eval_loss/ner", "eval_loss/qa",
+    "eval_score/ner", "eval/macro_loss", "eval/macro_score", "regret/ner", "mtl_gain/ner", "mix/ner",
+    "mix/qa", "repeats/ner",
     *(f"seesaw/{name}" for name in ("index", "paid", "gain", "regress", "regret_mean", "delta_m")),
     *(f"conflict/{name}" for name in ("rate", "mass", "mean_cosine", "worst_cosine", "strong_pairs")),
     "router/task_information", "router/balance", "router/dead_experts",

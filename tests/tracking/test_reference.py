@@ -100,6 +100,10 @@ WRONG: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda d: d["single"]["ner"].update(loss=math.nan),
         "single.ner.loss must be finite",
     ),
+    "a score that is none": (
+        lambda d: d["single"]["ner"].update(score=math.inf),
+        "single.ner.score must be finite",
+    ),
     "a loss below 0": (lambda d: d["multi"]["ner"].update(loss=-1.0), "multi.ner.loss must be finite and"),
     "a score of text": (lambda d: d["single"]["qa"].update(score="1"), "single.qa.score must be"),
     "a fraction of a step": (

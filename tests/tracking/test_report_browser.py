@@ -35,9 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.fixture
-def tab(tmp_path: Path) -> Iterator[Page]:
-    with browser(tmp_path / "profile") as page:
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("profile")) as page:
         yield page
 
 
@@ -81,8 +81,9 @@ def test_text_can_be_read_on_its_background(dark: bool, tab: Page, runs: list[Pa
     tab.open(write_report(runs[1:], tmp_path / "page.html", None), dark=dark)
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     colours = tab.evaluate(
-        "[...new Set([...document.querySelectorAll('p, td, th, .role-axis-label text, .role-title-text text')]"
-        ".map(e => e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color))]"
+        "[...new Set([...document.querySelectorAll("
+        "'p, td, th, .role-axis-label text, .role-title-text text, .role-legend-label text')]"
+        ".map(e => getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color']))]"
     )
     assert colours
     assert all(contrast(colour, background) > 4.5 for colour in colours), (colours, background)

@@ -69,6 +69,7 @@ CASES = {
     "all improve": ([0.03] * 24, 0.03, 0, 0, 0),
     "half up, half down": ([0.03, -0.03] * 12, 0.015, 0.015, 1, 1),
     "one gains at the cost of all": (ONE_AGAINST_ALL, 0.2 / 24, 0.005 * 23 / 24, 0.73, 0.575),
+    "more lost than gained": ([0.01, -0.03] * 12, 0.005, 0.015, 0.5, 1),
     "all worse": ([-0.03] * 24, 0, 0.03, 0, 0),
 }
 
@@ -322,6 +323,7 @@ def test_a_broken_task_is_left_out_and_comes_back(bad: float) -> None:
     assert steps[1].worst_loss == 0.9
     assert all(math.isfinite(v) for s in steps for v in s.values().values())
     assert "regret/t1" not in steps[1].values()
+    assert "seesaw/gain" in steps[1].values()
     assert steps[2].delta_T == pytest.approx([0, -0.1])
     assert steps[2].regret_T[1] == pytest.approx(0.1)
 

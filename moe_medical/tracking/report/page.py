@@ -64,8 +64,9 @@ def make_report(runs: Sequence[RunRecord]) -> Report:
     """All of it; `runs` is not empty."""
     report = Report()
     _together(report, runs)
-    for number, run in enumerate(runs):
-        _one_run(report, run, alone=len(runs) == 1, opened=number == 0)
+    prefixes = _prefixes([run.name for run in runs]) if len(runs) > 1 else [""]
+    for number, (run, prefix) in enumerate(zip(runs, prefixes, strict=True)):
+        _one_run(report, run, prefix, opened=number == 0)
     _health(report, runs)
     _settings(report, runs)
     links = "".join(f'<a href="#part-{anchor}">{escape(title)}</a>' for anchor, title in report.sections)
@@ -75,6 +76,15 @@ def make_report(runs: Sequence[RunRecord]) -> Report:
 
 def title(runs: Sequence[RunRecord]) -> str:
     return f"Report of {' · '.join(run.name for run in runs)}"
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Of the charts of each run: its name as far as it goes into a file's name, and never twice."""
+    found: list[str] = []
+    for number, name in enumerate(names, start=1):
+        slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"
+        found.append(f"{slug}." if f"{slug}." not in found else f"{slug}-{number}.")
+    return found
 
 
 # Head
@@ -201,8 +211,8 @@ def _list(sentences: Sequence[str]) -> str:
 # One run
 
 
-def _one_run(report: Report, run: RunRecord, alone: bool, opened: bool) -> None:
-    prefix = "" if alone else f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run.name)}."
+def _one_run(report: Report, run: RunRecord, prefix: str, opened: bool) -> None:
+    alone = not prefix
     if not alone:
         report.section(run.name)
         report.add(f"<details{' open' if opened else ''}><summary>All about {escape(run.name)}</summary>")

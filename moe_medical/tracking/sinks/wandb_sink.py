@@ -109,6 +109,7 @@ class WandbSink(Sink):
         self.failures = 0
         """Exceptions swallowed so far."""
         self._run: Any = None
+        self._closing = False
         self._wandb = wandb_module
         told = {"project": project, "entity": entity, "name": name, "group": group, "tags": list(tags)}
         self._arguments: dict[str, Any] = redact(told) | {"config": redact(config), "job_type": "train"}
@@ -152,7 +153,7 @@ class WandbSink(Sink):
 
     def close(self, exit_code: int) -> None:
         """Finishes the run and waits until its file is complete."""
-        self._modes = []
+        self._modes, self._closing = [], True
         self._do(lambda run: (run.finish(exit_code=exit_code), self._wandb.teardown()))
         self._run = None
 
@@ -182,6 +183,8 @@ class WandbSink(Sink):
                 self._run = self._init(self._modes.pop(0))
             except Exception as error:
                 self._count(error)
+        if self._run is None and not self._closing:
+            logger.warning("W&B is off after %d failures", self.failures)
 
     def _init(self, mode: str) -> Any:
         settings = self._wandb.Settings(**self._settings)
@@ -207,7 +210,7 @@ def _modes(mode: str) -> list[str]:
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or "online"
     if mode == "online" and has_api_key():
-        return ["online", "offline"]
+        return ["online", "offline", "offline"]
     return ["offline", "offline"] if mode in ("online", "offline") else [mode]
 
 
