@@ -47,6 +47,7 @@ from moe_medical.config import load_config
 from moe_medical.config.schema import RunConfig, SeesawSection
 from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
 from moe_medical.tracking.reference import Reference, TaskReference
+from moe_medical.tracking.report import write_report
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker, paired_error
 from moe_medical.training.feed import Feed
@@ -442,8 +443,6 @@ def conclusions(runs: list[dict[str, Any]], arms: Sequence[str]) -> Iterator[str
 
 def write_pages(work: Path, arms: Sequence[str], folder: Path) -> None:
     """One page that compares the arms' first seeds."""
-    from moe_medical.tracking.report import write_report
-
     folder.mkdir(parents=True, exist_ok=True)
     write_report([work.resolve() / run_key(arm, 1) for arm in arms], folder / "comparison.html", None)
 

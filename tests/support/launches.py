@@ -43,9 +43,9 @@ class Launched:
         """The launcher's descendants."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self) -> int:
-        """Wait for the launcher; its exit code."""
-        return self.process.wait(PATIENCE_SECONDS)
+    def end(self, patience: float = PATIENCE_SECONDS) -> int:
+        """Wait so many seconds at most for the launcher; its exit code."""
+        return self.process.wait(patience)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """AssertionError with the output if the launcher ends, or time runs out, before the condition."""
@@ -77,10 +77,12 @@ def launched(command: list[str], output_file: Path, **environment: str) -> Itera
         survivors(family, within_seconds=0)
 
 
-def run_to_end(command: list[str], output_file: Path, **environment: str) -> tuple[int, str]:
+def run_to_end(
+    command: list[str], output_file: Path, patience: float = PATIENCE_SECONDS, **environment: str
+) -> tuple[int, str]:
     """Exit code and output of a launcher that is left alone."""
     with launched(command, output_file, **environment) as run:
-        return run.end(), run.output
+        return run.end(patience), run.output
 
 
 def survivors(processes: list[psutil.Process], within_seconds: float = 20.0) -> list[psutil.Process]:

@@ -118,6 +118,7 @@ def test_gates_come_from_the_rows_and_the_section() -> None:
     step = tracker.update(after)
     error = 2 * (11 / 12) ** 0.5 / 20
     assert step.gate_T == pytest.approx([2 * error / 2.3, 0.01])
+    assert step.gain_noise_T == pytest.approx([2 * error, 0.02])
     assert step.delta_T == pytest.approx([0.15 / 2.3, 0.1 / 4])
     assert step.step.gain == pytest.approx(((0.025 - 0.01) + max(0, 0.15 / 2.3 - 2 * error / 2.3)) / 2)
 

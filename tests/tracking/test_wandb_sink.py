@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from moe_medical.tracking.sinks import HEAT_MAP, HEAT_MAP_FIELDS, WandbSink, has_api_key
+from moe_medical.tracking.sinks import HEAT_MAP, HEAT_MAP_FIELDS, WandbSink, has_api_key, import_wandb
 
 KEY = "0" * 40
 
@@ -268,3 +269,14 @@ def test_offline_gets_one_more_file(tmp_path: Path, failing: str) -> None:
     sink.alert("a", "b")
     assert [run.mode for run in wandb.runs] == ["offline", "offline"]
     assert (len(wandb.runs[-1].alerts), sink.failures, sink.active) == (1, 1, True)
+
+
+@pytest.mark.parametrize(("said", "used"), [(None, "false"), ("true", "true")])
+def test_wandb_reports_its_own_errors_only_where_asked(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, used: str
+) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", said or "")
+    if said is None:
+        monkeypatch.delenv("WANDB_ERROR_REPORTING")
+    import_wandb()
+    assert os.environ["WANDB_ERROR_REPORTING"] == used
