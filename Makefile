@@ -33,12 +33,14 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# data_pipeline.py and mixing.py read the task sets in $MOE_MEDICAL_DATA.
+# data_pipeline.py, mixing.py, seesaw.py and tracking_overhead.py read the task sets in $MOE_MEDICAL_DATA.
 benchmark: install
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/expert_parallel.py
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/mixing.py
+	$(BIN)/python benchmarks/seesaw.py
+	$(BIN)/python benchmarks/tracking_overhead.py
 	$(BIN)/python benchmarks/render_pages.py
 
 clean:

@@ -182,11 +182,58 @@ def mixing() -> str:
     return "\n".join([*lines, "", f"Least: {'; '.join(told)}.", "", setting])
 
 
+def tracking_overhead() -> str:
+    record = read("tracking_overhead")
+    parts = ("routing", "conflict", "evaluation", "scores", "all by default", "all with scores")
+    lines = [f"| run | batch | {' | '.join(parts)} |", "|---" * (len(parts) + 2) + "|"]
+    for name, case in record["cases"].items():
+        costs = [f"{case['seconds'][part]['median']:.2f} s" for part in parts[:4]]
+        lines.append(f"| {name} | one look | {' | '.join(costs)} | | |")
+        for batch, shares in case["shares"].items():
+            cells = [f"{100 * shares[part]:.2f} %" for part in parts]
+            lines.append(f"| | {batch} | {' | '.join(cells)} |")
+    every = record["cadence_steps"]
+    case = next(iter(record["cases"].values()))
+    return "\n".join(lines) + (
+        f"\n\nProcessor seconds of one look, and shares of training time with a look at routing every "
+        f"{every['routing']} steps, at conflict every {every['conflict']} and an evaluation every "
+        f"{every['evaluation']}, the defaults; batch {case['settings']['global_batch']} was measured, larger "
+        f"ones assume steps that grow in proportion ({case['machine']['cores']} cores, no GPU). Part of the "
+        f"rows was measured and multiplied up; the JSON says which."
+    )
+
+
+def seesaw() -> str:
+    record = read("seesaw")
+    figures = {"macro": 3, "worst_quartile": 3, "below_single": 1, "index": 3, "regret": 4}
+    columns = (
+        "parameters",
+        "macro loss",
+        "worst quartile",
+        "worse than alone",
+        "seesaw index",
+        "mean regret",
+    )
+    lines = [f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for arm, of in record["summary"].items():
+        cells = [f"{of[f]['mean']:.{n}f} ± {of[f]['sd']:.{n}f}" for f, n in figures.items()]
+        lines.append(f"| {arm} | {of['trainable_parameters']['mean']:,.0f} | {' | '.join(cells)} |")
+    settings, rates = record["settings"], record["learning_rates"]["chosen"]
+    chosen = ", ".join(f"{family} {rate:g}" for family, rate in rates.items())
+    return "\n".join(lines) + (
+        f"\n\nMean and standard deviation of {settings['seeds']} seeds, {settings['tokens']:,} tokens a run, "
+        f"28 tasks, {settings['loss_rows']} held-out rows each; base: {record['base']}. Learning rates, "
+        f"chosen for each family by itself: {chosen}."
+    )
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "quickstart"): quickstart,
     ("docs/parallelism.md", "expert_parallel"): expert_parallel,
     ("docs/data.md", "data_pipeline"): data_pipeline,
     ("docs/data.md", "mixing"): mixing,
+    ("docs/seesaw.md", "tracking_overhead"): tracking_overhead,
+    ("docs/seesaw.md", "seesaw"): seesaw,
 }
 
 

@@ -58,7 +58,7 @@ CADENCE = {
     "evaluation": DEFAULTS.every_steps,
     "scores": DEFAULTS.every_steps,
 }
-"""Steps between two looks."""
+"""Steps between two looks; scores are made then only under `evaluation.scores: always`."""
 ROWS = {"conflict": LOOKS.conflict_rows, "evaluation": DEFAULTS.loss_rows, "scores": DEFAULTS.score_rows}
 """Of each task in a look."""
 PLAIN, ROUTING, CONFLICT = 1, 2, 3
@@ -114,8 +114,12 @@ def main() -> None:
     for name in options.cases or [name for name in CASES if name not in known]:
         with tempfile.TemporaryDirectory() as scratch:
             known[name] = measure(Path(scratch), CASES[name], options.rounds)
-        LOG.info("%s: %s", name, known[name]["shares"])
-        options.result.write_text(json.dumps({"cadence_steps": CADENCE, "cases": known}, indent=1) + "\n")
+    for name, case in known.items():
+        medians = {part: values["median"] for part, values in case["seconds"].items()}
+        batch = case["settings"]["global_batch"]
+        case["shares"] = {size: shares(medians, size / batch) for size in BATCHES}
+        LOG.info("%s: %s", name, case["shares"])
+    options.result.write_text(json.dumps({"cadence_steps": CADENCE, "cases": known}, indent=1) + "\n")
     stop_distributed()
 
 
@@ -138,7 +142,6 @@ def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
     batch = config.training.global_batch
     return {
         "seconds": {part: spread(values) for part, values in seconds.items()},
-        "shares": {size: shares(seconds, size / batch) for size in BATCHES},
         "settings": {
             "tasks": len(trainer.tasks),
             "global_batch": batch,
@@ -225,13 +228,12 @@ def timed(action: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def shares(seconds: dict[str, list[float]], growth: float) -> dict[str, float]:
-    """Of training time, from medians; `growth` is the step's against the measured one."""
-    median = {part: statistics.median(values) for part, values in seconds.items()}
+def shares(median: dict[str, float], growth: float) -> dict[str, float]:
+    """Of training time; `growth` is the step's against the measured one."""
     step = growth * median["step"]
     each = {part: median[part] / (every * step) for part, every in CADENCE.items()}
-    each["all"] = sum(each.values())
-    each["all but scores"] = each["all"] - each["scores"]
+    every_look = sum(each.values())
+    each |= {"all by default": every_look - each["scores"], "all with scores": every_look}
     return {part: round(share, 5) for part, share in each.items()}
 
 

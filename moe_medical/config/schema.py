@@ -256,6 +256,9 @@ class EvaluationSection:
     """Rows per task for the teacher-forced loss."""
     score_rows: int = 16
     """Rows per task that are generated and scored; 0 turns scores off."""
+    scores: Literal["ends", "always"] = "ends"
+    """Whether evaluations in mid-run make answers too; `ends` makes them before and after only, as answers
+    cost more than losses and tell less."""
     max_new_tokens: int = 32
     choices: Choices = "generated"
     """How a row with listed options is answered: by generated text, or by its likeliest option."""
@@ -263,7 +266,7 @@ class EvaluationSection:
     """Bootstrap resamples of the rows behind the 95 % interval of each score; 0 gives none."""
     batch_rows: int = 16
     """Rows per forward pass of one rank."""
-    every_steps: int = 200
+    every_steps: int = 500
     """Evaluate each time so many steps are done; 0 means only before and after."""
 
 

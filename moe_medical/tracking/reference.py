@@ -48,7 +48,7 @@ class TaskReference:
     """None where scores were not made."""
     metric: str
     tokens: int
-    """Target tokens that it was trained on."""
+    """Tokens of the samples that it was trained on."""
     steps: int
 
 
@@ -59,7 +59,7 @@ class Reference:
     run: str
     """Name of the run that they are the reference of."""
     tokens: int
-    """Target tokens that all arms may use."""
+    """Tokens of samples that each arm may use."""
     single: dict[str, TaskReference]
     """Each task trained by itself."""
     multi: dict[str, TaskReference] | None = None

@@ -149,7 +149,10 @@ def compared_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key of the run file -> value, for all but adapters and base model that a resume must keep."""
     sections = {name: asdict(getattr(config, name)) for name in ("data", "training", "evaluation")}
     settings = {"run.seed": config.run.seed, "model.dtype": config.model.dtype} | _flat(sections)
-    return {key: value for key, value in settings.items() if key not in _FREE}
+    if config.data.mix.dynamic.rule == "regret" or config.training.guard.action != "none":
+        settings["tracking.seesaw.gate"] = config.tracking.seesaw.gate  # it decides what is done
+    looks = {"evaluation.every_steps"} if config.training.guard.action != "none" else set()
+    return {key: value for key, value in settings.items() if key not in _FREE - looks}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ map, and an alert where something is wrong. Looks change no number of the traini
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 
@@ -81,6 +82,8 @@ class Observer:
         if self._topology.is_main:
             for evaluation in self._folder.evaluations_before(first):
                 self._compare(evaluation)
+            for path in self._folder.of_each_step(self._folder.routing(0)):
+                self._watch.look(RoutingStats.from_json(json.loads(path.read_text())))
         if self._config.conflict_every_steps and self._probe.reason:
             _LOG.info("no angles between the tasks' gradients with %s", self._probe.reason)
 

@@ -19,9 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_medical.config.schema import LossSection
-
-SOLVED = 0.01
-"""Nats per token. Smaller losses count as this one, or a solved task would get all the weight."""
+from moe_medical.tracking.reference import SOLVED
 
 
 class TaskWeighting(Protocol):

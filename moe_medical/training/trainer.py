@@ -251,7 +251,8 @@ class Trainer:
             progress.advance(first)
             for step in range(first, training.steps):
                 if self._due(self.config.evaluation.every_steps, step):
-                    self._evaluation_at(step, f"evaluating at step {step}")
+                    scores = self.config.evaluation.scores == "always"
+                    self._evaluation_at(step, f"evaluating at step {step}", scores)
                 if self.guarding.stopped:
                     return step
                 self._decide_mixture(step)

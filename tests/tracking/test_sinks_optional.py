@@ -59,8 +59,8 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
 def test_a_resumed_run_hides_what_it_does_again(tmp_path: Path) -> None:
     write(tmp_path, "tensorboard", range(1, 6))
     write(tmp_path, "tensorboard", range(4, 8), first_step=3, scale=2.0)
-    losses = dict(tensorboard_series(tmp_path)["train_loss/ner"])
-    assert losses == {1: 2, 2: 3, 3: 4, 4: 10, 5: 12, 6: 14, 7: 16}
+    losses = tensorboard_series(tmp_path)["train_loss/ner"]
+    assert losses == [(1, 2), (2, 3), (3, 4), (4, 10), (5, 12), (6, 14), (7, 16)]
 
 
 def test_a_folder_that_tensorboard_cannot_write_costs_only_its_rows(

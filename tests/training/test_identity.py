@@ -126,5 +126,5 @@ def test_an_adapter_names_labels_but_no_options_of_questions(folder: Path) -> No
         )
     mixture.write_text("name: m\ntasks: [classification.yaml, multiple_choice.yaml]\n")
     config.data.recipe = str(mixture)
-    labels = adapter_meta(config, base, load_tasks(config.data, "test", chat))["label_sets"]
+    labels = adapter_meta(config, base, load_tasks(config.data, "test", chat), 7)["label_sets"]
     assert labels == {"classification": ["the option classification", "yes"]}

@@ -1,4 +1,4 @@
-"""A real run with all its looks: the files and series are there, and the training is that of a run without."""
+"""A real run with all its looks: files and series are there, and the training is that of a run without."""
 
 from __future__ import annotations
 
