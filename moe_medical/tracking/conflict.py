@@ -26,6 +26,8 @@ FALSE_RATE = 0.5 * math.erfc(2 / math.sqrt(2))
 """Share of unrelated pairs that pass as conflicts: a normal error below -2 standard deviations."""
 _SHARED = 1.5
 """Of an expert's even share: what both tasks must exceed to share it."""
+_NAMED = 3
+"""Experts that a sentence names at most, those in most layers."""
 
 
 class Pair(NamedTuple):
@@ -51,8 +53,11 @@ class SharedExperts(NamedTuple):
         by_expert: dict[int, list[str]] = {}
         for layer, expert in zip(self.layers, self.experts, strict=True):
             by_expert.setdefault(expert, []).append(layer)
-        where = "; ".join(f"expert {e} in {_spans(layers)}" for e, layers in sorted(by_expert.items()))
-        return f"{self.first} and {self.second} conflict (cosine {self.cosine:.2f}) and share {where}"
+        most = sorted(by_expert, key=lambda e: (-len(by_expert[e]), e))[:_NAMED]
+        where = "; ".join(f"expert {e} in {_spans(by_expert[e])}" for e in sorted(most))
+        rest = len(by_expert) - len(most)
+        more = f"; and {rest} more" if rest else ""
+        return f"{self.first} and {self.second} conflict (cosine {self.cosine:.2f}) and share {where}{more}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,6 +96,7 @@ class ControlRun:
             raise ConfigError("the control runs", [Problem(str(self.paths.root), rule, fix=fix)])
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch(mode=0o600)  # it is launched from, so that secrets in it are not taken out
             save_config(self.config, self.file)
         except OSError as e:
             raise StorageError(f"{self.file} cannot be written ({e.strerror})") from None

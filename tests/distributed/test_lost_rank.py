@@ -14,6 +14,8 @@ from support.launches import reached
 from support.ranks import on_ranks, rank_environment
 from support.tiny import write_tiny_run
 
+from moe_medical.distributed.topology import naming_lost_peers
+from moe_medical.errors import PeerLostError
 from moe_medical.ports import free_port
 
 WORLD = 4
@@ -152,3 +154,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def test_every_survivor_stops_and_names_the_rank(name: str, told: dict[str, list[str]]) -> None:
     assert len(told[name]) == WORLD - 1
     assert all(said.startswith(SCENARIOS[name][1]) for said in told[name]), told[name]
+
+
+def test_a_lost_peer_is_named() -> None:
+    with pytest.raises(PeerLostError, match="another rank of"), naming_lost_peers():
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), naming_lost_peers():
+        raise RuntimeError("shapes differ")

@@ -154,3 +154,11 @@ def test_experts_that_everybody_uses_evenly_explain_nothing() -> None:
 def test_layers_without_a_number_are_named() -> None:
     shared = SharedExperts("a", "b", -0.5, ("head", "tail"), (1, 1))
     assert shared.sentence() == "a and b conflict (cosine -0.50) and share expert 1 in head, tail"
+
+
+def test_a_sentence_names_the_experts_of_most_layers() -> None:
+    layers = tuple(f"model.layers.{i}.mlp.up_proj" for i in (0, 1, 2, 0, 1, 5, 6))
+    shared = SharedExperts("a", "b", -0.5, layers, (4, 4, 4, 2, 2, 7, 1))
+    assert shared.sentence().endswith(
+        "expert 1 in layer 6; expert 2 in layers 0-1; expert 4 in layers 0-2; and 1 more"
+    )
