@@ -143,6 +143,11 @@ class Evaluator:
         self._context = context or RoutingContext()
         self._numbers = list(range(len(tasks)) if numbers is None else numbers)
 
+    @property
+    def makes_scores(self) -> bool:
+        """Whether any row is answered and scored."""
+        return bool(self._score_rows)
+
     def num_batches(self, scores: bool = True) -> int:
         """Forward passes and generations of one evaluation on this rank, for a progress bar."""
         scored = (self._dealt(self._open), self._dealt(self._closed, self._questions))

@@ -101,7 +101,7 @@ class Observer:
             poll: Called after each batch.
             scores: Whether answers are made and scored too.
         """
-        known = self._folder.read_evaluation(step)
+        known = self._known(step, scores)
         everywhere = self._topology.sum(np.array([known is not None]))[0] == self._topology.world_size
         if known is not None and everywhere:
             if self._topology.is_main:
@@ -120,6 +120,12 @@ class Observer:
             self._folder.write_evaluation(evaluation)
         self._topology.barrier()
         return evaluation
+
+    def _known(self, step: int, scores: bool) -> Evaluation | None:
+        """The evaluation on disk, unless it lacks scores that are asked for."""
+        found = self._folder.read_evaluation(step)
+        lacks = found is not None and scores and self._evaluator.makes_scores and found.macro_score is None
+        return None if lacks else found
 
     def _tell_evaluation(self, evaluation: Evaluation, tokens: int) -> None:
         step, seen = evaluation.step, self._compare(evaluation)

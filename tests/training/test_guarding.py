@@ -82,7 +82,7 @@ def test_freeze_takes_the_task_out_from_a_later_block(tmp_path: Path) -> None:
 
 
 def test_stop_ends_the_run_with_everything_written_and_stays_stopped(tmp_path: Path) -> None:
-    run, output = _run(tmp_path / "stop", "stop")
+    run, output = _run(tmp_path / "stop", "stop", "evaluation.score_rows=2")
     (decision,) = _decisions(run)
     assert decision["action"] == "stop"
     assert max(row["step"] for row in rows(run)) == decision["step"] < STEPS
@@ -90,7 +90,9 @@ def test_stop_ends_the_run_with_everything_written_and_stays_stopped(tmp_path: P
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert "macro average" in output
     before = (adapter_bytes(run), rows(run))
-    _run(tmp_path / "stop", "stop")
+    results = json.loads((run / "results.json").read_text())
+    assert results["macro_score_after"] is not None, "the last evaluation is a whole one"
+    _run(tmp_path / "stop", "stop", "evaluation.score_rows=2")
     assert (adapter_bytes(run), rows(run)) == before
     assert _decisions(run) == [decision]
 
