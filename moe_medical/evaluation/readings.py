@@ -24,6 +24,8 @@ _LETTER_AFTER = re.compile(
     r"([A-Z](?![A-Za-z])|[a-z](?=[).,:\]]|$))"  # a small letter before a word is an article
 )
 _LETTERS = r"(?<![A-Za-z])([A-Z](?:[\s,、;&和]*(?:and\s+)?[A-Z])*)\s*"
+_LETTERS_ONLY = re.compile(_LETTERS)
+_AND = re.compile(r"(?i)\band\b")
 _LETTERS_FIRST = re.compile(rf"[(\[*\s]*{_LETTERS}(?:[).,:\]*。，]|$)")
 _LETTERS_AFTER = re.compile(
     rf"(?i:answers?|options?|choices?|答案|选项|选)(?i:\s|is|are|[:是为(*])*{_LETTERS}(?![A-Za-z])"
@@ -91,8 +93,8 @@ def letters_meant(text: str, target: str) -> frozenset[str]:
     """Option letters of a text; its normalised line where there are none or the target has none."""
     line = unicodedata.normalize("NFKC", first_line(text))
     found = _LETTERS_FIRST.match(line) or _LETTERS_AFTER.search(line)
-    if found and re.fullmatch("[A-Z]+", target.strip()):
-        return frozenset(re.findall("[A-Z]", found.group(1)))
+    if found and _LETTERS_ONLY.fullmatch(unicodedata.normalize("NFKC", target.strip())):
+        return frozenset(re.findall("[A-Z]", _AND.sub(" ", found.group(1))))
     return frozenset([_option_letter(text).upper() if len(target.strip()) == 1 else normalise(line)])
 
 

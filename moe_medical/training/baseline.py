@@ -96,8 +96,11 @@ class ControlRun:
             raise ConfigError("the control runs", [Problem(str(self.paths.root), rule, fix=fix)])
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.touch(mode=0o600)  # it is launched from, so that secrets in it are not taken out
-            save_config(self.config, self.file)
+            draft = self.file.with_name(f".{self.file.name}.draft")
+            draft.unlink(missing_ok=True)
+            draft.touch(mode=0o600)  # it is launched from, so that secrets in it are not taken out
+            save_config(self.config, draft)
+            draft.replace(self.file)
         except OSError as e:
             raise StorageError(f"{self.file} cannot be written ({e.strerror})") from None
 
@@ -188,7 +191,7 @@ def _control(config: RunConfig, name: str, rank: int) -> RunConfig:
     control, group = deepcopy(config), f"{config.run.name}-baseline"
     control.run.name, control.run.dir = f"{group}-{name}", str(_folder(config) / name)
     control.adapters = _plain_lora(config, rank)
-    control.parallel.ep_size = 1
+    control.parallel.ep_size, control.checkpoint.resume = 1, "auto"
     control.tracking.wandb.group = config.tracking.wandb.group or group
     control.tracking.wandb.alerts = False
     return control

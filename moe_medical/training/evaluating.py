@@ -240,6 +240,8 @@ def _number(score: float | None) -> str:
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as e:
         raise StorageError(f"{path} cannot be written ({e.strerror})") from None

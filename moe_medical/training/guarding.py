@@ -56,7 +56,7 @@ class Guarding:
         agreed = self._agree(np.array([*self._guard.weight_T, *frozen, stop], dtype=np.float64))
         self.factors_T, self.stopped = agreed[: len(self._names)], bool(agreed[-1])
         if agreed[len(self._names) : -1].any():
-            self._leave_out(agreed[len(self._names) : -1] > 0, done)
+            self._leave_out(agreed[len(self._names) : -1] > 0, done, decisions)
         self._looked = done
         return decisions
 
@@ -87,8 +87,8 @@ class Guarding:
         train_loss_T = losses / np.where(tokens > 0, tokens, np.nan)
         return guard.look(done, seen, train_loss_T.tolist(), self._feed.repeats(done).tolist())
 
-    def _leave_out(self, frozen_T: np.ndarray, done: int) -> None:
-        if not self._feed.leave_out(frozen_T, done) and self._topology.is_main:
+    def _leave_out(self, frozen_T: np.ndarray, done: int, decisions: Sequence[Decision]) -> None:
+        if not self._feed.leave_out(frozen_T, done) and decisions:
             names = [name for name, frozen in zip(self._names, frozen_T, strict=True) if frozen]
             _LOG.warning(
                 "%s stay in the mixture: nothing else can feed the rest of the run", ", ".join(names)

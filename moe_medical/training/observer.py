@@ -78,12 +78,15 @@ class Observer:
         self.seen: SeesawStep | None = None
 
     def replay(self, first: int) -> None:
-        """See again what an earlier part of the run saw before step `first`."""
+        """See again what an earlier part of the run saw until step `first`."""
         if self._topology.is_main:
-            for evaluation in self._folder.evaluations_before(first):
-                self._compare(evaluation)
+            for evaluation in self._folder.evaluations_until(first):
+                self._alarmed = frozenset(self._compare(evaluation).alarms)
             for path in self._folder.of_each_step(self._folder.routing(0)):
-                self._watch.look(RoutingStats.from_json(json.loads(path.read_text())))
+                self._routing = RoutingStats.from_json(json.loads(path.read_text()))
+                self._watch.look(self._routing)
+            for path in self._folder.of_each_step(self._folder.conflict(0))[-1:]:
+                self._conflict = Conflict.from_json(json.loads(path.read_text()))
         if self._config.conflict_every_steps and self._probe.reason:
             _LOG.info("no angles between the tasks' gradients with %s", self._probe.reason)
 
@@ -166,14 +169,16 @@ class Observer:
         if values:
             self._sinks.log(values | {"tokens": tokens}, done)
 
-    def tell_decisions(self, decisions: Sequence[Decision]) -> None:
-        """Write down what was decided, and why. Of the main rank."""
+    def tell_decisions(self, decisions: Sequence[Decision], tokens: int) -> None:
+        """Write down what was decided, and why, unless that was done before. Of the main rank."""
         for decision in decisions:
-            self._folder.add_decision(decision.to_json())
+            if not self._folder.add_decision(decision.to_json()):
+                continue
             about = f"{decision.action} {decision.task}" if decision.task else decision.action
             text = f"after {decision.step} steps: {about}: {decision.cause}"
             if decision.action == "mixture":  # there are many
                 _LOG.info("%s", text)
+                self._sinks.log({**decision.numbers, "tokens": tokens}, decision.step)
             else:
                 self._alert("decision", text)
 

@@ -95,28 +95,37 @@ class RunFolder(RunPaths):
             return Evaluation.from_json(json.loads(self.evaluation(step).read_text()))
         return None
 
-    def evaluations_before(self, step: int) -> Iterator[Evaluation]:
-        """The readable ones of earlier steps, in order."""
+    def evaluations_until(self, step: int) -> Iterator[Evaluation]:
+        """The readable ones, that of `step` included, in order."""
         for path in self.of_each_step(self.evaluation(0)):
             found = self.read_evaluation(int(path.stem.removeprefix("step-")))
-            if found is not None and found.step < step:
+            if found is not None and found.step <= step:
                 yield found
 
-    def add_decision(self, decision: Mapping[str, Any]) -> None:
-        """Append a line to `decisions.jsonl` unless it is there: a resumed run may decide it again."""
-        line = json.dumps(decision, ensure_ascii=False) + "\n"
-        with _writing(self.decisions), self.decisions.open("a+") as file:
-            file.seek(0)
-            if line not in file.readlines():
-                file.write(line)
+    def add_decision(self, decision: Mapping[str, Any]) -> bool:
+        """Add a line to `decisions.jsonl`; False if it is there, as a resumed run may decide it again."""
+        known = self._decisions()
+        if decision in known:
+            return False
+        self._write_decisions([*known, decision])
+        return True
+
+    def _decisions(self) -> list[Mapping[str, Any]]:
+        """Those that can be read."""
+        found = []
+        for line in self.decisions.read_text().splitlines() if self.decisions.is_file() else ():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def _write_decisions(self, decisions: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions]
+        _write_whole(self.decisions, "".join(lines))
 
     def forget_after(self, step: int) -> None:
         """Steps later than `step` will be done again, so what was seen at them will be too."""
         if self.decisions.is_file():
-            lines = self.decisions.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            with _writing(self.decisions):
-                self.decisions.write_text("".join(kept))
+            self._write_decisions(d for d in self._decisions() if d["step"] <= step)
         for of_step in (self.evaluation, self.conflict, self.routing):
             for path in self.of_each_step(of_step(0)):
                 if path.name > of_step(step).name:
@@ -143,11 +152,15 @@ def _lock(file: TextIO, folder: Path) -> None:
 
 def write_json(path: Path, value: object, indent: int | None = 1) -> None:
     """Write a JSON file in one rename."""
+    _write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w") as file:
-            file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

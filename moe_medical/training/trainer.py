@@ -109,7 +109,7 @@ class Trainer:
                 before = self._evaluation_at(0, "evaluating before")
                 last = self._train_from(first)
                 self._save_checkpoint(last)
-                after = self._evaluation_at(last, "evaluating after")
+                after = self._evaluation_at(last, "evaluating after", act=False)
                 self._save_adapter(last)
                 exit_code = 0
             except PreemptedError as e:
@@ -253,9 +253,10 @@ class Trainer:
                 if self._due(self.config.evaluation.every_steps, step):
                     scores = self.config.evaluation.scores == "always"
                     self._evaluation_at(step, f"evaluating at step {step}", scores)
+                if not self.guarding.stopped:
+                    self._decide_mixture(step)
                 if self.guarding.stopped:
                     return step
-                self._decide_mixture(step)
                 self.speed.restart()
                 self._one_step(step, loader, progress)
                 if self._due(self.config.checkpoint.every_steps, step + 1):
@@ -266,8 +267,7 @@ class Trainer:
         label = f"evaluating at step {done}"
         decision = self.mixing.step_done(done, lambda: self._evaluation_at(done, label, scores=False))
         if decision is not None and self.topology.is_main:
-            self.sinks.log({**decision.numbers, "tokens": self.tokens_seen}, done)
-            self.observer.tell_decisions([decision])
+            self.observer.tell_decisions([decision], self.tokens_seen)
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
@@ -335,15 +335,15 @@ class Trainer:
 
     # Results
 
-    def _evaluation_at(self, step: int, label: str, scores: bool = True) -> Evaluation:
+    def _evaluation_at(self, step: int, label: str, scores: bool = True, act: bool = True) -> Evaluation:
         def poll() -> None:
             if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
                 self._stop_at(step)
 
         evaluation = self.observer.evaluate(step, label, self.tokens_seen, poll, scores)
-        decisions = self.guarding.look(step, self.observer.seen)
+        decisions = self.guarding.look(step, self.observer.seen) if act else ()
         if self.topology.is_main:
-            self.observer.tell_decisions(decisions)
+            self.observer.tell_decisions(decisions, self.tokens_seen)
         return evaluation
 
     def _save_adapter(self, steps: int) -> None:

@@ -196,6 +196,10 @@ def test_official_tokens_keep_words_and_numbers_whole() -> None:
         ("aspirin", "aspirin", True),
         ("saipirn", "aspirin", False),
         ("", "B", False),
+        ("AC", "A, C", True),
+        ("C, A", "A;C", True),
+        ("A AND C", "AC", True),
+        ("A and D", "A、C", False),
     ],
 )
 def test_letter_accuracy(prediction: str, target: str, hit: bool) -> None:

@@ -240,3 +240,28 @@ def test_a_look_where_it_cannot_is_refused(run: Path) -> None:
     config = Layout(zero=3).configured(str(run), 2)
     with pytest.raises(RuntimeError, match="ZeRO-3"):
         ConflictProbe(config, [nothing] * 2, nothing, nothing, nothing).measure(1)
+
+
+class _Rows:
+    """Stands in for a task: tells which rows are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.train, self.tokens, self.asked = range(size), self, list[int]()
+
+    def encoded(self, rows: list[int]) -> list[Any]:
+        from moe_medical.data.formats import Encoded
+
+        self.asked += rows
+        return [Encoded([1, 2], 1, 0)] * len(rows)
+
+
+def test_looks_at_round_steps_see_other_rows_of_tasks_of_round_sizes() -> None:
+    from types import SimpleNamespace
+
+    from moe_medical.training.task_gradients import probe_batches
+
+    task, alone = _Rows(500), SimpleNamespace(rank=0, world_size=1)
+    for done in range(500, 6000, 500):
+        probe_batches([task], SimpleNamespace(pad_id=0), alone, done, 4, 2)  # type: ignore[arg-type, list-item]
+    assert len(task.asked) == 44
+    assert len(set(task.asked)) > 35

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -77,3 +78,16 @@ def test_a_file_system_without_locks_is_warned_of(
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: no locks on this file system, so nothing keeps a second run out"
     ]
+
+
+def test_a_decision_is_kept_once_and_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    decisions = [{"step": step, "action": "freeze", "task": "a", "cause": "why"} for step in (4, 8)]
+    assert [folder.add_decision(d) for d in (*decisions, decisions[0])] == [True, True, False]
+    with folder.decisions.open("a") as file:
+        file.write('{"step": 12, "acti')
+    folder.forget_after(6)
+    assert folder.decisions.read_text() == json.dumps(decisions[0]) + "\n"
+    folder.decisions.write_text('{"step": 1')
+    assert folder.add_decision(decisions[1])
+    assert folder.decisions.read_text() == json.dumps(decisions[1]) + "\n"
