@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import ROOT
+from support.tiny import ROOT, write_tiny_run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -35,6 +35,36 @@ def test_the_commands_of_own_data_run(tmp_path: Path) -> None:
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     assert answer["prompt"].startswith("Which ward")
     assert answer["answer"]
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_seesaw_run(tmp_path: Path) -> None:
+    run = write_tiny_run(
+        tmp_path,
+        run={"name": "tiny", "dir": "runs/A"},
+        training={"steps": 4},
+        evaluation={"every_steps": 2, "score_rows": 2, "max_new_tokens": 2},
+        parallel={"ranks": 1},
+    )
+    moe_medical = f"{sys.executable} -m moe_medical"
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "seesaw.md").read_text(), re.DOTALL)
+    script = f"moe-medical launch {run}\n" + "\n".join(blocks)
+    names = {
+        "RUN.yaml tracking": f"{run} run.dir=runs/B tracking",
+        "RUN.yaml": str(run),
+        "REFERENCE.json": str(tmp_path / "runs/tiny-baseline/reference.json"),
+        "runs/NAME": "runs/A",
+        "moe-medical ": f"{moe_medical} ",
+    }
+    for name, value in names.items():
+        script = script.replace(name, value)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/A/report.html").stat().st_size > 500_000
+    assert set(json.loads((tmp_path / "scores.json").read_text())["tasks"]) == {"last_word", "even"}
+    assert "mtl_gain/even" in (tmp_path / "runs/B/metrics.jsonl").read_text()
 
 
 def test_pages_show_what_was_measured() -> None:
