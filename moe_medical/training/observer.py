@@ -48,6 +48,7 @@ class Observer:
         sinks: Of the main rank; filled before the first look.
 
     Attributes:
+        evaluator: Makes the evaluations.
         seen: The newest evaluation against those before it, on the main rank.
     """
 
@@ -65,7 +66,7 @@ class Observer:
         self._last_step, self._topology, self._model = config.training.steps, engine.topology, engine.module
         self._tasks = [task.name for task in feed.tasks]
         where = (engine.topology, engine.needs_equal_forwards, context)
-        self._evaluator = Evaluator(feed.tasks, feed.chat, config.evaluation, *where)
+        self.evaluator = Evaluator(feed.tasks, feed.chat, config.evaluation, *where)
         path = config.tracking.seesaw.reference
         reference = load_reference(path, self._tasks) if path else None
         self._seesaw = SeesawTracker(self._tasks, config.tracking.seesaw, reference)
@@ -110,14 +111,14 @@ class Observer:
             if self._topology.is_main:
                 self._compare(known)
             return known
-        total = self._evaluator.num_batches(scores)
+        total = self.evaluator.num_batches(scores)
         with progress_line(label, total, self._topology.is_main) as progress:
 
             def advance() -> None:
                 progress.advance()
                 poll()
 
-            evaluation = self._evaluator.run(self._model, step, advance, scores)
+            evaluation = self.evaluator.run(self._model, step, advance, scores)
         if self._topology.is_main:
             self._tell_evaluation(evaluation, tokens)
             self._folder.write_evaluation(evaluation)
@@ -127,7 +128,7 @@ class Observer:
     def _known(self, step: int, scores: bool) -> Evaluation | None:
         """The evaluation on disk, unless it lacks scores that are asked for."""
         found = self._folder.read_evaluation(step)
-        lacks = found is not None and scores and self._evaluator.makes_scores and found.macro_score is None
+        lacks = found is not None and scores and self.evaluator.makes_scores and found.macro_score is None
         return None if lacks else found
 
     def _tell_evaluation(self, evaluation: Evaluation, tokens: int) -> None:
