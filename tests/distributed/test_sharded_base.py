@@ -268,6 +268,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         training={"steps": 3, "global_batch": 8, "micro_batch": 2, "learning_rate": 0.01},
         evaluation={"loss_rows": 4, "score_rows": 2, "max_new_tokens": 3, "batch_rows": 4},
         checkpoint={"every_steps": 1},
+        tracking={"wandb": {"enabled": False}, "conflict_every_steps": 0},  # ZeRO-3 has no such looks
     )
     offload = {"offload_param": {"device": "cpu", "pin_memory": False}}
     jsons = {"zero2": ZERO3 | {"stage": 2}, "zero3": ZERO3, "offloaded": ZERO3 | STRICT | offload}
