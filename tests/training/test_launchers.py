@@ -46,7 +46,11 @@ def test_the_death_of_a_rank_ends_the_launch(undisturbed: UndisturbedRun, tmp_pa
         victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
         victim.kill()
         assert run.end() == 128 + 9, run.output
-        assert run.output.endswith("rank 1 of 2 was ended by SIGKILL\n")
+        lines = run.output.splitlines()
+        # Rank 0 may be about something else than a collective, and then hears the supervisor first.
+        if lines[-1].endswith("SIGTERM: stopping after this step"):
+            lines.pop()
+        assert lines[-1] == "rank 1 of 2 was ended by SIGKILL"
         assert survivors(ranks, within_seconds=0) == []
     assert len(ranks) == 2
     assert not (folder / "adapter").exists()
