@@ -39,4 +39,6 @@ def test_numbers_are_those_of_a_run_without_wandb(tmp_path: Path) -> None:
             assert code == 0, output
     assert rows(followed) == rows(plain)
     assert adapter_bytes(followed) == adapter_bytes(plain)
-    assert len(read_run(run_files(followed)[-1]).rows()) == len(rows(followed))
+    # On a machine that is busy enough the patience with W&B ends first; then that is told.
+    left_behind = "W&B does not answer and is left behind" in output
+    assert left_behind or len(read_run(run_files(followed)[-1]).rows()) == len(rows(followed))
