@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
-
-from moe_medical.config import load_config
-from moe_medical.errors import ConfigError
+from support.configs import config_problems
 
 KEY = "training.loss.surgery"
-
-
-def _problems(folder: Path, *overrides: str, stage: int = 2) -> list[str]:
-    (folder / "mixture.yaml").write_text("name: any\n")
-    (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    run = folder / "run.yaml"
-    run.write_text("data: {recipe: mixture.yaml}\nparallel: {deepspeed: zero.json, ranks: 2}\n")
-    try:
-        load_config(run, overrides)
-    except ConfigError as e:
-        return [str(problem) for problem in e.problems]
-    return []
 
 
 @pytest.mark.parametrize("rule", ["dwa", "uncertainty", "famo"])
 def test_task_weights_fit_every_layout(tmp_path: Path, rule: str) -> None:
     layout = ["parallel.ep_size=2", "training.compile=true", "training.activation_checkpointing=reentrant"]
-    assert _problems(tmp_path, f"training.loss.task_weights={rule}", *layout, stage=3) == []
+    assert config_problems(tmp_path, f"training.loss.task_weights={rule}", *layout, stage=3) == []
 
 
 def test_ranges(tmp_path: Path) -> None:
     keys = ["training.loss.temperature=0", "training.loss.rate=1.5", "training.loss.window=0"]
-    assert _problems(tmp_path, *keys) == [
+    assert config_problems(tmp_path, *keys) == [
         "training.loss.temperature must be finite and > 0, got 0.0.",
         "training.loss.rate must be in (0, 1], got 1.5.",
         "training.loss.window must be at least 1, got 0.",
@@ -44,7 +29,7 @@ def test_ranges(tmp_path: Path) -> None:
 def test_surgery_alone_is_accepted(tmp_path: Path) -> None:
     checkpointing = "training.activation_checkpointing=non_reentrant"
     for stage in (0, 1, 2):
-        assert _problems(tmp_path, f"{KEY}=pcgrad", checkpointing, stage=stage) == []
+        assert config_problems(tmp_path, f"{KEY}=pcgrad", checkpointing, stage=stage) == []
 
 
 @pytest.mark.parametrize(
@@ -62,14 +47,14 @@ def test_surgery_alone_is_accepted(tmp_path: Path) -> None:
     ],
 )
 def test_surgery_is_refused_with_the_reason(tmp_path: Path, override: str, stage: int, wanted: str) -> None:
-    (problem,) = _problems(tmp_path, f"{KEY}=pcgrad", override, stage=stage)
+    (problem,) = config_problems(tmp_path, f"{KEY}=pcgrad", override, stage=stage)
     assert problem.startswith(f"{KEY} must not be used with {wanted}, got 'pcgrad'. ")
 
 
 def test_mixing_by_gradients_has_the_same_limits(tmp_path: Path) -> None:
     doge = "data.mix.dynamic.rule=doge"
-    assert _problems(tmp_path, doge, stage=2) == []
-    (problem,) = _problems(tmp_path, doge, stage=3)
+    assert config_problems(tmp_path, doge, stage=2) == []
+    (problem,) = config_problems(tmp_path, doge, stage=3)
     assert problem.startswith("data.mix.dynamic.rule must not be used with ZeRO-3")
 
 
@@ -89,10 +74,10 @@ def test_a_missing_solver_is_named_with_its_command(
         f"{KEY} must find the packages that it needs; missing: {', '.join(missing)}, got {rule!r}. "
         f'Run: pip install "torchjd[{extra}]==0.18.0".'
     ]
-    assert _problems(tmp_path, f"{KEY}={rule}") == (wanted if missing else [])
+    assert config_problems(tmp_path, f"{KEY}={rule}") == (wanted if missing else [])
 
 
 def test_a_deepspeed_json_that_cannot_be_read_is_told_once(tmp_path: Path) -> None:
-    problems = _problems(tmp_path, f"{KEY}=pcgrad", f"parallel.deepspeed={tmp_path}/none.json")
+    problems = config_problems(tmp_path, f"{KEY}=pcgrad", f"parallel.deepspeed={tmp_path}/none.json")
     assert [p for p in problems if "none.json" in p] == problems
     assert len(problems) == 1

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-
-from moe_medical.config import load_config
-from moe_medical.errors import ConfigError
-
-
-def _problems(folder: Path, *overrides: str) -> list[str]:
-    (folder / "mixture.yaml").write_text("name: any\n")
-    (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    run = folder / "run.yaml"
-    run.write_text("data: {recipe: mixture.yaml}\nparallel: {deepspeed: zero.json, ranks: 2}\n")
-    try:
-        load_config(run, overrides)
-    except ConfigError as e:
-        return [str(problem) for problem in e.problems]
-    return []
+from support.configs import config_problems
 
 
 @pytest.mark.parametrize(
@@ -40,23 +25,23 @@ def _problems(folder: Path, *overrides: str) -> list[str]:
     ],
 )
 def test_ranges(tmp_path: Path, override: str, wanted: str) -> None:
-    (problem,) = _problems(tmp_path, override)
+    (problem,) = config_problems(tmp_path, override)
     assert problem.startswith(override.partition("=")[0])
     assert wanted in problem
 
 
 def test_a_reference_is_relative_to_the_run_file(tmp_path: Path) -> None:
     (tmp_path / "reference.json").write_text("{}")
-    assert _problems(tmp_path, "tracking.seesaw.reference=reference.json") == []
+    assert config_problems(tmp_path, "tracking.seesaw.reference=reference.json") == []
 
 
 @pytest.mark.parametrize("other", ["data.mix.dynamic.rule=regret", "data.mix.temperature_from=1"])
 def test_only_one_may_set_shares(tmp_path: Path, other: str) -> None:
-    (problem,) = _problems(tmp_path, "training.guard.action=freeze", other)
+    (problem,) = config_problems(tmp_path, "training.guard.action=freeze", other)
     assert problem.startswith("training.guard.action must not be freeze beside data.mix.")
-    assert _problems(tmp_path, "training.guard.action=reweight", other) == []
+    assert config_problems(tmp_path, "training.guard.action=reweight", other) == []
 
 
 def test_a_guard_needs_evaluations(tmp_path: Path) -> None:
-    (problem,) = _problems(tmp_path, "training.guard.action=stop", "evaluation.every_steps=0")
+    (problem,) = config_problems(tmp_path, "training.guard.action=stop", "evaluation.every_steps=0")
     assert problem.startswith("evaluation.every_steps must be above 0")
