@@ -39,6 +39,10 @@ def test_numbers_are_those_of_a_run_without_wandb(tmp_path: Path) -> None:
             assert code == 0, output
     assert rows(followed) == rows(plain)
     assert adapter_bytes(followed) == adapter_bytes(plain)
-    # On a machine that is busy enough the patience with W&B ends first; then that is told.
-    left_behind = "W&B does not answer and is left behind" in output
-    assert left_behind or len(read_run(run_files(followed)[-1]).rows()) == len(rows(followed))
+    # On a machine that is busy enough the patience with W&B, or with its process, ends first; that is told.
+    told = any(words in output for words in ("left behind", "W&B is off", "W&B did not finish"))
+    assert told or _rows_in_wandb(followed) == len(rows(followed)), output
+
+
+def _rows_in_wandb(folder: Path) -> int:
+    return len(read_run(run_files(folder)[-1]).rows())

@@ -154,7 +154,10 @@ class WandbSink(Sink):
     def close(self, exit_code: int) -> None:
         """Finishes the run and waits until its file is complete."""
         self._modes, self._closing = [], True
+        before = self.failures
         self._do(lambda run: (run.finish(exit_code=exit_code), self._wandb.teardown()))
+        if self.failures > before:
+            logger.warning("W&B did not finish: its file may lack the last rows. metrics.jsonl is complete.")
         self._run = None
 
     def _do(self, action: Callable[[Any], object]) -> None:
