@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
 from moe_medical.adapters.experts import add_low_rank, dense_gate
+from moe_medical.adapters.grouped import add_grouped, choose_path
 from moe_medical.adapters.losses import router_loss_tap
-from moe_medical.adapters.routing import Routing, RoutingContext, new_router
+from moe_medical.adapters.routers import Router, new_router
+from moe_medical.adapters.routing import Routing, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
 
@@ -37,14 +40,38 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class AdaptedLinear(nn.Module):
-    """What both adapters share: the frozen base layer, its sizes, dropout, scaling and seeding.
+class AdapterModule(nn.Module):
+    """Anything that adapters add to a model: it knows its own parameters, and which of them are frozen.
+
+    Args:
+        name: Full module name in the model; with `seed` it decides the initial values.
+        seed: The run's seed.
+        context: Shared by all of a model.
+    """
+
+    def __init__(self, name: str, seed: int, context: RoutingContext | None = None):
+        super().__init__()
+        self.name, self.context = name, context or RoutingContext()
+        self.frozen: frozenset[str] = frozenset()
+        """Local names of the parameters that are not trained."""
+        self._generator_seed = _seed_of(seed, name)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Local name -> parameter, in a fixed order; those of modules inside are their own."""
+        raise NotImplementedError
+
+    def new_generator(self) -> torch.Generator:
+        """Of the first values."""
+        return torch.Generator().manual_seed(self._generator_seed)
+
+
+class AdaptedLinear(AdapterModule):
+    """What all adapters of a linear layer share: the frozen base layer, its sizes, dropout and scaling.
 
     Args:
         base: Linear layer to wrap; it is frozen.
-        config: Rank, alpha, dropout; for routed experts also their number and top-k.
-        name: Full module name in the model; with `seed` it decides the initial values.
-        seed: The run's seed.
+        config: Rank, alpha, dropout; for routed experts also their number and top-k, at the layer's depth.
+        name, seed, context: See `AdapterModule`.
 
     Raises:
         TypeError: `base` is no linear layer.
@@ -53,20 +80,22 @@ class AdaptedLinear(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, base: nn.Module, config: MoloraConfig, name: str, seed: int):
-        super().__init__()
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MoloraConfig,
+        name: str,
+        seed: int,
+        context: RoutingContext | None = None,
+    ):
+        super().__init__(name, seed, context)
         sizes = linear_sizes(base)
         if sizes is None:
             raise TypeError(f"{name}: an adapter needs nn.Linear or Conv1D, got {type(base).__name__}")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = sizes
-        self.name, self.scaling, self.dropout = name, config.scaling, config.dropout
-        self._generator_seed = _seed_of(seed, name)
+        self.scaling, self.dropout, self._init_std = config.scaling, config.dropout, config.init_std
         self._device = next(base.parameters()).device
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Local name -> trainable parameter, in a fixed order."""
-        raise NotImplementedError
 
     def _add(
         self,
@@ -85,49 +114,25 @@ class AdaptedLinear(nn.Module):
     def _zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self._device))
 
-    def _new_generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._generator_seed)
-
-    def _uniform(self, generator: torch.Generator, *shape: int) -> Tensor:
-        """U(-1/sqrt(D), 1/sqrt(D)): kaiming-uniform (a = sqrt(5)) of A, and torch's linear default."""
-        bound = 1 / math.sqrt(self.in_features)
-        values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        return values.to(self._device)
+    def _first_A(self, generator: torch.Generator, *shape: int) -> Tensor:
+        """Kaiming-uniform (a = sqrt(5)), which is U(-1/sqrt(D), 1/sqrt(D)); or normal where that is asked."""
+        values, bound = torch.empty(shape, dtype=torch.float32), 1 / math.sqrt(self.in_features)
+        if self._init_std:
+            return values.normal_(std=self._init_std, generator=generator).to(self._device)
+        return values.uniform_(-bound, bound, generator=generator).to(self._device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling:g}"
 
 
 class LoraLinear(AdaptedLinear):
-    """y = base(x) + alpha / rank * B A x (LoRA, arXiv 2106.09685); A (rank, D), B (F, rank).
+    """y = base(x) + scaling * B A x (LoRA, arXiv 2106.09685); A (rank, D), B (F, rank).
+
+    With `dora` the base's and the adapter's weights are decomposed (arXiv 2402.09353):
+    y = m / |W + scaling * B A| * (W x + scaling * B A x) + b, norms over each output's row, without gradient.
 
     Args:
-        base, config, name, seed: See `AdaptedLinear`.
-    """
-
-    def __init__(self, base: nn.Module, config: MoloraConfig, name: str, seed: int):
-        super().__init__(base, config, name, seed)
-        self.lora_A = nn.Parameter(self._uniform(self._new_generator(), config.rank, self.in_features))
-        self.lora_B = self._zeros(self.out_features, config.rank)
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., F)."""
-        x = _alias(x)
-        y: Tensor = self.base(x)
-        x_TD, y_TF = self._flat(x, y)
-        return self._add(y_TF, x_TD).view(y.shape)
-
-
-class MoloraLinear(AdaptedLinear):
-    """y = base(x) + alpha / rank * sum_{i in S} g_i B_i A_i x (MING-MOE); A (e, rank, D), B (e, F, rank).
-
-    Args:
-        base, config, name, seed: See `AdaptedLinear`.
-        context: Shared by all layers of the model; the routing is recorded in it under `name`.
-        shard: Which experts this rank holds. Unless it is all of them, one exchange must be set.
+        base, config, name, seed, context: See `AdaptedLinear`.
     """
 
     def __init__(
@@ -137,22 +142,122 @@ class MoloraLinear(AdaptedLinear):
         name: str,
         seed: int,
         context: RoutingContext | None = None,
-        shard: ExpertShard | None = None,
     ):
-        super().__init__(base, config, name, seed)
-        own, generator = (shard or ExpertShard()).slice(config.num_experts), self._new_generator()
-        all_A = self._uniform(generator, config.num_experts, config.rank, self.in_features)
-        self.lora_A = nn.Parameter(all_A[own].clone())  # cut from the whole: the same on whatever rank
-        self.lora_B = self._zeros(own.stop - own.start, self.out_features, config.rank)
-        self.router = new_router(config, self.in_features, generator).to(self._device)
-        self.num_experts = config.num_experts
-        self.context = context or RoutingContext()
+        super().__init__(base, config, name, seed, context)
+        self.lora_A = nn.Parameter(self._first_A(self.new_generator(), config.rank, self.in_features))
+        self.lora_B = self._zeros(self.out_features, config.rank)
+        self.magnitude = nn.Parameter(rows_of(base).norm(dim=1)) if config.dora else None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        known = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude}
+        return {name: parameter for name, parameter in known.items() if parameter is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., F)."""
+        x = _alias(x)
+        y: Tensor = self.base(x)
+        if self.context.adapters_off:
+            return y
+        x_TD, y_TF = self._flat(x, y)
+        return self._decomposed(self._add(y_TF, x_TD)).view(y.shape)
+
+    def _decomposed(self, y_TF: Tensor) -> Tensor:
+        if self.magnitude is None:
+            return y_TF
+        with torch.no_grad():
+            norm_F = (rows_of(self.base) + self.scaling * self.lora_B @ self.lora_A).norm(dim=1)
+        factor_F = (self.magnitude / norm_F).to(y_TF.dtype)
+        bias = getattr(self.base, "bias", None)
+        return y_TF * factor_F if bias is None else (y_TF - bias) * factor_F + bias
+
+
+@dataclass(frozen=True)
+class RouterSeat:
+    """A layer's place among those that share one routing decision."""
+
+    scope: str
+    """What decides together; a layer by itself has its own name here."""
+    followers: int = 0
+    """Layers that use the decision of this one."""
+    leads: bool = True
+    """Whether this layer decides, with its router; else it takes what was decided."""
+    lender: str = ""
+    """Layer that owns the router, where it is not this one: all depths may share one."""
+
+
+class MoloraLinear(AdaptedLinear):
+    """y = base(x) + scaling * (sum_{i in S} g_i B_i A_i x + sum_s w_s B_s A_s x).
+
+    A (e, rank, D), or (rank, D) where the experts share it; B (e, F, rank); s are the shared experts.
+
+    Args:
+        base, config, name, seed, context: See `AdaptedLinear`; the routing is recorded under `name`.
+        shard: Which experts this rank holds. Unless it is all of them, one exchange must be set.
+        seat: With whom the layer shares its routing; alone where not given.
+        router: Of another layer, to use as well.
+    """
+
+    router: Router | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MoloraConfig,
+        name: str,
+        seed: int,
+        context: RoutingContext | None = None,
+        shard: ExpertShard | None = None,
+        seat: RouterSeat | None = None,
+        router: Router | None = None,
+    ):
+        super().__init__(base, config, name, seed, context)
+        generator, self.num_experts = self.new_generator(), config.num_experts
+        self.seat = seat or RouterSeat(name)
+        self._new_experts(config, (shard or ExpertShard()).slice(config.num_experts), generator)
+        self.router = router
+        if self.seat.leads and router is None:
+            self.router = new_router(config, self.in_features, generator).to(self._device)
+        self._new_shared_experts(config, generator)
+        self._path = choose_path(
+            config.path,
+            config.num_experts,
+            config.expert_rank(config.num_experts),
+            config.active(config.num_experts),
+            self.in_features,
+            self.out_features,
+            self._device.type,
+            torch.get_default_dtype(),
+        )
         self.weight_exchange: WeightExchange | None = None
         self.token_exchange: TokenExchange | None = None
 
+    def _new_experts(self, config: MoloraConfig, own: slice, generator: torch.Generator) -> None:
+        rank = config.expert_rank(config.num_experts)
+        if config.shared_a:
+            self.lora_A = nn.Parameter(self._first_A(generator, rank, self.in_features))
+        else:  # cut from the whole: the same on whatever rank
+            all_A = self._first_A(generator, config.num_experts, rank, self.in_features)
+            self.lora_A = nn.Parameter(all_A[own].clone())
+        self.lora_B = self._zeros(own.stop - own.start, self.out_features, rank)
+
+    def _new_shared_experts(self, config: MoloraConfig, generator: torch.Generator) -> None:
+        self.shared_A = self.shared_B = self.shared_gate = None
+        self._shared_weight = config.shared_weight
+        if not config.shared_experts:
+            return
+        count, rank = config.shared_experts, config.expert_rank(config.num_experts)
+        self.shared_A = nn.Parameter(self._first_A(generator, count, rank, self.in_features))
+        self.shared_B = self._zeros(count, self.out_features, rank)
+        if config.learn_shared_weight:
+            gates = torch.full((count,), config.shared_weight, device=self._device)
+            self.shared_gate = nn.Parameter(gates)
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        router = {f"router.{name}": parameter for name, parameter in self.router.named_parameters()}
-        return {**self.expert_parameters(), **router}
+        known = {"shared_A": self.shared_A, "shared_B": self.shared_B, "shared_gate": self.shared_gate}
+        shared = {name: parameter for name, parameter in known.items() if parameter is not None}
+        owned = self.router if self.seat.leads and not self.seat.lender else None
+        router = {} if owned is None else {f"router.{name}": p for name, p in owned.named_parameters()}
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B, **shared, **router}
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """Those whose first dimension counts this rank's experts."""
@@ -163,21 +268,45 @@ class MoloraLinear(AdaptedLinear):
         """(..., D) -> (..., F)."""
         x = _alias(x)
         y: Tensor = self.base(x)
+        if self.context.adapters_off:
+            return y
         x_TD, y_TF = self._flat(x, y)
+        y_TF = self._add_shared(y_TF, x_TD)
         if self.token_exchange is None:
-            gate_TE = dense_gate(self.route(x_TD))
-            return self._add(y_TF, x_TD, gate_TE, self.weight_exchange).view(y.shape)
+            return self._add_routed(y_TF, x_TD).view(y.shape)
         received = self.token_exchange.dispatch(self.name, x)
         nothing_RF = y.new_zeros(()).expand(len(received.x_RD), self.out_features)
         delta_RF = self._add(nothing_RF, received.x_RD, received.gate_Re)
         return received.combine(y_TF, delta_RF).view(y.shape)
 
     def route(self, x_TD: Tensor) -> Routing:
-        """Choose each token's experts, and record it."""
-        tap = router_loss_tap(self.context, self.name)
-        routing: Routing = self.router(x_TD, self.context.task_ids_of(len(x_TD)), tap)
-        self.context.record(self.name, routing)
+        """Choose each token's experts, and record it; or take what the scope's first layer has chosen."""
+        context, scope = self.context, self.seat.scope
+        if self.router is None:
+            return context.shared(scope)
+        tap = router_loss_tap(context, self.name)
+        routing: Routing = self.router(x_TD, context.side_inputs(self.name, len(x_TD), tap))
+        context.keep_prompt(self.name, routing.logits_TE)
+        context.record(self.name, routing)
+        context.share(scope, routing, self.seat.followers)
         return routing
+
+    def _add_routed(self, y_TF: Tensor, x_TD: Tensor) -> Tensor:
+        routing = self.route(x_TD)
+        if self._path == "grouped" and self.weight_exchange is None:
+            dropout = self.dropout if self.training else 0.0
+            chosen = (routing.expert_ids_TK, routing.weights_TK)
+            return add_grouped(y_TF, x_TD, self.lora_A, self.lora_B, self.scaling, dropout, *chosen)
+        return self._add(y_TF, x_TD, dense_gate(routing), self.weight_exchange)
+
+    def _add_shared(self, y_TF: Tensor, x_TD: Tensor) -> Tensor:
+        if self.shared_A is None or self.shared_B is None:
+            return y_TF
+        dropout = self.dropout if self.training else 0.0
+        scaling, gate_TS = self.scaling * self._shared_weight, None
+        if self.shared_gate is not None:
+            scaling, gate_TS = self.scaling, self.shared_gate.expand(len(x_TD), -1)
+        return add_low_rank(y_TF, x_TD, self.shared_A, self.shared_B, scaling, dropout, gate_TS)
 
 
 def _alias(x: Tensor) -> Tensor:
@@ -191,3 +320,9 @@ def _alias(x: Tensor) -> Tensor:
 def _seed_of(seed: int, name: str) -> int:
     """63 bits that depend on the run's seed and the module's name only."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def rows_of(base: nn.Module) -> Tensor:
+    """(F, D) float32: the base layer's weight, one row for each output."""
+    weight = base.get_parameter("weight").detach().float()
+    return weight.t() if isinstance(base, Conv1D) else weight

@@ -1,93 +1,231 @@
 """Auxiliary losses of the routers: their values from plain sums, their gradients entered in backward.
 
-    balance = E * sum_i f_i P_i        f_i = tokens that chose i / tokens, sums to K
-                                       P_i = mean over tokens of the full softmax probability
-    z       = mean over tokens of logsumexp(logits)^2
+With p_t the softmax over the E experts of a layer for token t, P its mean over the tokens, H the entropy:
 
-Both are averaged over layers, and padding counts in neither. Uniform routing gives balance = K, not 1,
-because f sums to K (MING-MOE's definition; Switch Transformer's, arXiv 2101.03961, is the case K = 1).
-f has no gradient: the balance loss trains the router through P.
+    balance    = E * sum_i f_i P_i           f_i = tokens that chose i / tokens; a gate of 0 is not chosen
+    z          = mean_t logsumexp(logits_t)^2
+    entropy    = mean_t H(p_t)
+    divergence = H(P) - mean_t H(p_t)        generalised Jensen-Shannon (HMoRA); the loss is minus this
+    localized  = var(I) / mean(I)^2          over experts; I_i = sum_t p_ti (1 + delta if token and expert are
+                                             of one kind, else 1 - delta) (LoRAMoE, arXiv 2312.09979)
+
+All are averaged over layers, and padding counts in none. Layers may have different numbers of experts.
+Uniform routing gives balance = K, not 1, because f sums to K (MING-MOE's definition; Switch Transformer's,
+arXiv 2101.03961, is the case K = 1). f has no gradient: the balance loss trains the router through P. Of the
+localized loss, the first half of a layer's experts is of the first kind, as are the tasks that are named.
 
 The statistics are the global batch's, which no layer knows in its forward pass. So the losses are not added
-to the model's loss: `router_loss_tap` lets logits pass and adds, when backward comes by, the gradient
+to the model's loss: `router_loss_tap` lets logits pass and adds, when backward comes by, the gradient. It is
 
-    d/dz_tj = balance_weight * p_tj (f_j - sum_i f_i p_ti) + z_weight * 2 logsumexp(z_t) p_tj
+    d/dp_tj = u[class of t, j] + h log p_tj       u from f, log P and dCV^2/dI of the whole batch
 
-with the f that has been summed over ranks meanwhile. It holds under both kinds of activation checkpointing,
+through the softmax's Jacobian, plus the z-loss's part. It holds under both kinds of activation checkpointing,
 where a loss collected on the side would get no gradient (reentrant) or count tokens twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.routing import RouterGradient, Routing, RoutingContext
 
+_TINY = 1e-12
+"""Least mean that is divided by: less than any sum of probabilities of a batch with tokens."""
 
-class RoutingSums(NamedTuple):
-    """Sums over the real tokens of a batch for L layers with E experts; all float32, additive."""
 
+@dataclass(frozen=True)
+class RoutingSums:
+    """Sums over the real tokens of a batch for L layers and C classes of tokens; float32, additive.
+
+    E is the largest number of experts of any layer; others' rows end in zeros.
+    """
+
+    num_experts: tuple[int, ...]
+    """Of each layer; the same in all that are added."""
     chosen_LE: Tensor
     """Tokens that chose each expert; no gradient."""
-    probs_LE: Tensor
+    probs_LCE: Tensor
     """Summed softmax probability of each expert."""
     z_L: Tensor
     """Summed logsumexp(logits)^2."""
-    num_tokens: Tensor
-    """Real tokens, a scalar."""
+    entropy_L: Tensor
+    """Summed entropy of the softmax, nats."""
+    tokens_C: Tensor
+    """Real tokens of each class."""
+
+    def __add__(self, other: RoutingSums) -> RoutingSums:
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return RoutingSums(self.num_experts, *(mine + others for mine, others in pairs))
+
+    def through(self, change: Callable[[Tensor], Tensor]) -> RoutingSums:
+        """With all numbers changed as one flat tensor, so that ranks add them up in one go."""
+        tensors = self._tensors()
+        parts = change(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+        return RoutingSums(self.num_experts, *(p.view_as(t) for p, t in zip(parts, tensors, strict=True)))
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Real tokens, a scalar."""
+        return self.tokens_C.sum()
+
+    @property
+    def fraction_LE(self) -> Tensor:
+        """f, the share of tokens that chose each expert; sums to K."""
+        return self.chosen_LE / self._divisor
+
+    @property
+    def mean_probs_LE(self) -> Tensor:
+        """P, the mean probability of each expert."""
+        return self.probs_LCE.sum(1) / self._divisor
 
     def balance(self) -> Tensor:
-        """E * sum_i f_i P_i, averaged over layers; scalar."""
-        tokens = self.num_tokens.clamp(min=1)
-        per_layer_L = (self.chosen_LE / tokens * self.probs_LE / tokens).sum(-1)
-        return self.chosen_LE.shape[-1] * per_layer_L.mean()
+        """E * sum_i f_i P_i; scalar."""
+        return (self._experts_L * (self.fraction_LE * self.mean_probs_LE).sum(-1)).mean()
 
     def z(self) -> Tensor:
-        """Mean of logsumexp(logits)^2 over tokens and layers; scalar."""
-        return (self.z_L / self.num_tokens.clamp(min=1)).mean()
+        """Mean of logsumexp(logits)^2 over tokens; scalar."""
+        return (self.z_L / self._divisor).mean()
+
+    def entropy(self) -> Tensor:
+        """Mean entropy of a token, nats; scalar."""
+        return (self.entropy_L / self._divisor).mean()
+
+    def divergence(self) -> Tensor:
+        """H(P) minus the mean entropy, nats; scalar, 0 where all tokens are alike."""
+        return torch.special.entr(self.mean_probs_LE).sum(-1).mean() - self.entropy()
+
+    def localized(self, delta: float) -> Tensor:
+        """Squared coefficient of variation of the weighted probabilities; scalar. Needs two classes."""
+        return self._variation(delta)[0].mean()
+
+    def values(self, weights: LossWeights) -> dict[str, Tensor]:
+        """The active losses by name, without coefficients; of the divergence itself, not minus it."""
+        return {
+            name: self.localized(weights.delta) if name == "localized" else getattr(self, name)()
+            for name in weights.active
+        }
+
+    def by_probability(self, weights: LossWeights) -> Tensor:
+        """(L, C, E): tokens times the derivative by p of a token of each class, but for the part log p."""
+        fraction_LE, log_mean_LE = self.fraction_LE, self.mean_probs_LE.clamp(min=_TINY).log()
+        alike_LE = (
+            weights.balance * self._experts_L.unsqueeze(-1) * fraction_LE + weights.divergence * log_mean_LE
+        )
+        if not weights.localized:
+            return alike_LE.unsqueeze(1)
+        slope_LE = weights.localized * self.num_tokens * self._variation(weights.delta)[1]
+        return alike_LE.unsqueeze(1) + slope_LE.unsqueeze(1) * self._signs_LCE(weights.delta)
+
+    def _variation(self, delta: float) -> tuple[Tensor, Tensor]:
+        """CV^2(I) of each layer, and its derivative by I, (L, E)."""
+        experts_L1, weighted_LE = self._experts_L.unsqueeze(-1), self._signs_LCE(delta) * self.probs_LCE
+        weighted_LE = weighted_LE.sum(1)
+        mean_L1 = weighted_LE.sum(-1, keepdim=True) / experts_L1
+        relative_LE = weighted_LE / mean_L1.clamp(min=_TINY)
+        apart_LE = (relative_LE - (mean_L1 > 0).to(mean_L1.dtype)) * self._present_LE
+        squared_L1 = apart_LE.square().sum(-1, keepdim=True) / experts_L1
+        slope_LE = 2 * (apart_LE - squared_L1) / (experts_L1 * mean_L1.clamp(min=_TINY))
+        return squared_L1.squeeze(-1), slope_LE
+
+    def _signs_LCE(self, delta: float) -> Tensor:
+        """1 + delta where token and expert are of one kind, else 1 - delta."""
+        number_E = torch.arange(self.chosen_LE.shape[-1], device=self.chosen_LE.device)
+        second_LE = (number_E >= (self._experts_L // 2).unsqueeze(-1)).to(self.probs_LCE.dtype)
+        second_L1E = second_LE.unsqueeze(1)
+        return 1 + delta * torch.cat([1 - 2 * second_L1E, 2 * second_L1E - 1], dim=1)
+
+    @property
+    def _present_LE(self) -> Tensor:
+        number_E = torch.arange(self.chosen_LE.shape[-1], device=self.chosen_LE.device)
+        return number_E < self._experts_L.unsqueeze(-1)
+
+    @property
+    def _experts_L(self) -> Tensor:
+        return self.probs_LCE.new_tensor(self.num_experts)
+
+    @property
+    def _divisor(self) -> Tensor:
+        return self.num_tokens.clamp(min=1)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.chosen_LE, self.probs_LCE, self.z_L, self.entropy_L, self.tokens_C
 
 
-def routing_sums(routings: Iterable[Routing], token_mask_T: Tensor) -> RoutingSums:
+def routing_sums(
+    routings: Iterable[Routing], token_mask_T: Tensor, classes_T: Tensor | None = None, num_classes: int = 1
+) -> RoutingSums:
     """Add up what the losses and the statistics need.
 
     Args:
-        routings: One per layer, at least one; all with the same T and E.
+        routings: One per layer, at least one; all with the same T.
         token_mask_T: True for real tokens; padding contributes nothing.
+        classes_T: Class of each token, below `num_classes`; None puts all in the first.
+        num_classes: C.
     """
     layers = list(routings)
-    logits_LTE = torch.stack([routing.logits_TE for routing in layers])
-    probs_LTE = torch.stack([routing.probs_TE for routing in layers])
-    expert_ids_LTK = torch.stack([routing.expert_ids_TK for routing in layers])
-    chosen_LTE = torch.zeros_like(probs_LTE).scatter_(-1, expert_ids_LTK, 1.0)
+    num_experts = tuple(routing.logits_TE.shape[-1] for routing in layers)
+    logits_LTE = _stacked([routing.logits_TE for routing in layers], float("-inf"))
+    probs_LTE = _stacked([routing.probs_TE for routing in layers])
     # Multiplied, not indexed: an index by mask would wait for the device to count it.
-    real_T1 = token_mask_T.to(probs_LTE.dtype).unsqueeze(-1)
+    real_T = token_mask_T.to(probs_LTE.dtype)
+    real_CT = real_T.unsqueeze(0)
+    if classes_T is not None:
+        numbers_C1 = torch.arange(num_classes, device=classes_T.device).unsqueeze(-1)
+        real_CT = real_CT * (classes_T == numbers_C1)
     return RoutingSums(
-        chosen_LE=(chosen_LTE * real_T1).sum(1),
-        probs_LE=(probs_LTE * real_T1).sum(1),
-        z_L=logits_LTE.logsumexp(-1).square() @ real_T1.squeeze(-1),
-        num_tokens=real_T1.sum(),
+        num_experts,
+        chosen_LE=real_T @ _chosen(layers, probs_LTE),
+        probs_LCE=real_CT @ probs_LTE,
+        z_L=logits_LTE.logsumexp(-1).square() @ real_T,
+        entropy_L=torch.special.entr(probs_LTE).sum(-1) @ real_T,
+        tokens_C=real_CT.sum(-1),
     )
 
 
+def _chosen(layers: list[Routing], like_LTE: Tensor) -> Tensor:
+    """(L, T, E): 1 where a token gave an expert any weight."""
+    ids_LTK = _stacked([routing.expert_ids_TK for routing in layers])
+    counted_LTK = _stacked([(routing.weights_TK > 0).to(like_LTE.dtype) for routing in layers])
+    return torch.zeros_like(like_LTE).scatter_add_(-1, ids_LTK, counted_LTK)
+
+
+def _stacked(tensors: list[Tensor], fill: float = 0) -> Tensor:
+    """One behind the other, filled up to the longest last dimension."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    if all(tensor.shape[-1] == width for tensor in tensors):
+        return torch.stack(tensors)
+    return torch.stack([F.pad(tensor, (0, width - tensor.shape[-1]), value=fill) for tensor in tensors])
+
+
 def router_gradients(
-    fraction_LE: Tensor, layer_names: Iterable[str], balance_weight: float, z_weight: float
+    statistics: RoutingSums,
+    layer_names: Iterable[str],
+    weights: LossWeights,
+    each: float,
+    classes_T: Tensor | None = None,
 ) -> dict[str, RouterGradient]:
     """What each layer's backward needs for the losses of the whole global batch.
 
     Args:
-        fraction_LE: f, tokens of the global batch that chose each expert over its tokens.
-        layer_names: L names, in the order of the rows of f.
-        balance_weight: Coefficient / tokens of the global batch, times what the engine divides gradients by.
-        z_weight: The same of the z-loss.
+        statistics: Sums over the tokens whose statistics count.
+        layer_names: L names, in the order of the rows of the sums.
+        weights: Coefficients.
+        each: Weight of a token: 1 / tokens of the global batch, times what the engine divides gradients by.
+        classes_T: Class of each token of the bound micro-batch, where there are several.
     """
-    layers, experts = fraction_LE.shape
-    weights = (balance_weight * experts / layers, z_weight / layers)
-    return {n: RouterGradient(f_E, *weights) for n, f_E in zip(layer_names, fraction_LE, strict=True)}
+    each /= len(statistics.num_experts)
+    of_probs_LCE = each * statistics.by_probability(weights)
+    rest = (classes_T, -each * (weights.entropy + weights.divergence), each * weights.z)
+    layers = zip(layer_names, statistics.num_experts, of_probs_LCE, strict=True)
+    return {name: RouterGradient(of_CE[:, :experts], *rest) for name, experts, of_CE in layers}
 
 
 def router_loss_tap(context: RoutingContext, layer_name: str) -> Callable[[Tensor], Tensor] | None:
@@ -122,7 +260,11 @@ class _Tap(torch.autograd.Function):
 
 
 def _loss_gradient(logits_TE: Tensor, losses: RouterGradient) -> Tensor:
-    probs_TE, f_E = logits_TE.softmax(-1), losses.fraction_E
-    balance_TE = f_E - (probs_TE @ f_E).unsqueeze(-1)
-    z_T1 = 2 * logits_TE.logsumexp(-1, keepdim=True)
-    return probs_TE * (losses.balance_weight * balance_TE + losses.z_weight * z_T1)
+    probs_TE, of_probs = logits_TE.softmax(-1), losses.of_probs_CE
+    weighted_TE = probs_TE * (of_probs if losses.classes_T is None else of_probs[losses.classes_T])
+    if losses.entropy_weight:
+        weighted_TE = weighted_TE + losses.entropy_weight * torch.special.xlogy(probs_TE, probs_TE)
+    slope_T1 = weighted_TE.sum(-1, keepdim=True)
+    if losses.z_weight:
+        slope_T1 = slope_T1 - 2 * losses.z_weight * logits_TE.logsumexp(-1, keepdim=True)
+    return weighted_TE - probs_TE * slope_T1

@@ -7,16 +7,27 @@ checkpoint is written. The output head and the embeddings are never adapted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from moe_medical.adapters.blocks import BlockLinear, BlockPlan, FfnLinear, RoutedBlock
 from moe_medical.adapters.exchange import ExpertShard
-from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear, linear_sizes
-from moe_medical.adapters.placement import match_modules
+from moe_medical.adapters.layer import (
+    AdaptedLinear,
+    AdapterModule,
+    LoraLinear,
+    MoloraLinear,
+    RouterSeat,
+    linear_sizes,
+)
+from moe_medical.adapters.placement import AdapterKind, depth_of, match_modules, routing_scopes
+from moe_medical.adapters.routers import Router
 from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.xlora import XLoraClassifier, attach_classifier
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
@@ -52,22 +63,97 @@ def attach_adapters(
     Raises:
         ConfigError: A pattern matches nothing, or the model has adapters already.
     """
-    if any(_adapted(model)):
+    if any(adapter_modules(model)):
         problem = Problem("adapters", "are attached already", fix="Load the base model anew.")
         raise ConfigError("model", [problem])
-    placement = match_modules(adaptable_modules(model), config)
+    linears = adaptable_modules(model)
+    placement = match_modules(linears, config)
     model.requires_grad_(False)
-    context = RoutingContext()
-    for name, kind in placement.items():
-        base = model.get_submodule(name)
-        if kind == "molora":
-            adapted: AdaptedLinear = MoloraLinear(base, config, name, seed, context, shard)
-        else:
-            adapted = LoraLinear(base, config, name, seed)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted.train(base.training))
+    _Attaching(model, config, seed, shard, 1 + max(map(depth_of, linears))).attach(placement)
+    _freeze(model, config)
     check_trainable(model)
-    return context
+    return next(iter(adapter_modules(model))).context
+
+
+class _Attaching:
+    """One model getting its adapters."""
+
+    def __init__(
+        self, model: nn.Module, config: MoloraConfig, seed: int, shard: ExpertShard | None, num_layers: int
+    ):
+        self._model, self._config, self._seed, self._shard = model, config, seed, shard
+        self._num_layers, self._context = num_layers, RoutingContext()
+        self._router: Router | None = None
+        """Of the first scope, which lends it to all others where the whole model has one."""
+        self._lender = ""
+
+    def attach(self, placement: Mapping[str, AdapterKind]) -> None:
+        for name, kind in placement.items():
+            if kind == "lora":
+                self._replace(name, LoraLinear(*self._parts(name), self._context))
+        routed = [name for name, kind in placement.items() if kind == "molora"]
+        self._blocks(routed) if self._config.experts != "linear" else self._linears(routed)
+        if routed and self._config.router == "xlora":
+            attach_classifier(self._model, routed, self._config, self._seed, self._context)
+
+    def _linears(self, names: list[str]) -> None:
+        scopes = routing_scopes(names, self._config.router_scope)
+        leaders = {scope: name for name, scope in reversed(scopes.items())}
+        for name, scope in scopes.items():
+            leads = leaders[scope] == name
+            followers = Counter(scopes.values())[scope] - 1 if leads else 0
+            lent = self._router if leads else None
+            seat = RouterSeat(scope, followers, leads, self._lender if leads else "")
+            layer = MoloraLinear(*self._parts(name), self._context, self._shard, seat, lent)
+            self._replace(name, layer)
+            self._keep(name, layer.router)
+
+    def _blocks(self, names: list[str]) -> None:
+        blocks: dict[str, list[str]] = {}
+        for name in names:
+            blocks.setdefault(name.rpartition(".")[0], []).append(name)
+        for block, members in blocks.items():
+            plan, first = BlockPlan(), linear_sizes(self._model.get_submodule(members[0]))
+            assert first is not None, "the placement names linear layers only"
+            for name in members:
+                parts = self._parts(name)
+                if self._config.experts == "ffn":
+                    self._replace(name, FfnLinear(*parts, self._context, plan))
+                else:
+                    self._replace(name, BlockLinear(*parts, self._context, plan))
+            wrapped = RoutedBlock(*self._parts(block), self._context, plan, first[0], self._router)
+            self._replace(block, wrapped)
+            self._keep(block, wrapped.router)
+
+    def _parts(self, name: str) -> tuple[nn.Module, MoloraConfig, str, int]:
+        config = self._config.at_depth(depth_of(name), self._num_layers)
+        return self._model.get_submodule(name), config, name, self._seed
+
+    def _replace(self, name: str, adapted: AdapterModule) -> None:
+        parent, _, child = name.rpartition(".")
+        before = self._model.get_submodule(name)
+        setattr(self._model.get_submodule(parent), child, adapted.train(before.training))
+
+    def _keep(self, name: str, router: Router | None) -> None:
+        if self._config.router_scope == "model" and self._router is None:
+            self._router, self._lender = router, name
+
+
+def _freeze(model: nn.Module, config: MoloraConfig) -> None:
+    for module in adapter_modules(model):
+        parameters = module.adapter_parameters()
+        module.frozen = frozenset(name for name in parameters if _is_frozen(name, module, config))
+        for name in module.frozen:
+            parameters[name].requires_grad_(False)
+
+
+def _is_frozen(name: str, module: AdapterModule, config: MoloraConfig) -> bool:
+    if isinstance(module, XLoraClassifier):
+        return False
+    if name.startswith("router."):
+        return config.freeze_router
+    routed = isinstance(module, MoloraLinear | BlockLinear | FfnLinear)
+    return config.freeze_experts and routed and name in ("lora_A", "lora_B", "weight", "bias")
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
@@ -78,40 +164,68 @@ def adaptable_modules(model: nn.Module) -> list[str]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter of every adapter and router, in the order of the model's modules."""
+    """Full name -> parameter of every adapter and router, frozen ones too, in the order of the modules.
+
+    Names are those of the base model's own modules, whatever wraps them.
+    """
     return {
-        f"{prefix}.{name}": parameter
-        for prefix, layer in _adapted(model)
-        for name, parameter in layer.adapter_parameters().items()
+        f"{module.name}.{name}": parameter
+        for module in adapter_modules(model)
+        for name, parameter in module.adapter_parameters().items()
+    }
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `adapter_parameters` that the settings do not freeze."""
+    return {
+        f"{module.name}.{name}": parameter
+        for module in adapter_modules(model)
+        for name, parameter in module.adapter_parameters().items()
+        if name not in module.frozen
     }
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoloraLinear]:
-    """Full name -> layer with routed experts, in the order of the model's modules."""
-    return {name: layer for name, layer in _adapted(model) if isinstance(layer, MoloraLinear)}
+    """Full name -> linear layer with routed experts, in the order of the model's modules."""
+    return {m.name: m for m in adapter_modules(model) if isinstance(m, MoloraLinear)}
+
+
+def deciding_layers(model: nn.Module) -> dict[str, MoloraLinear | RoutedBlock]:
+    """Full name -> what decides for its scope: a layer that leads it, or a block."""
+    found = (m for m in adapter_modules(model) if isinstance(m, MoloraLinear | RoutedBlock))
+    return {m.name: m for m in found if m.seat.leads}
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Make sure that exactly the adapters, routers included, are trainable. Call before step 0.
+    """Make sure that exactly the adapters, routers included, are trainable as the settings say. Call it
+    before step 0.
 
     Raises:
         RuntimeError: Something froze an adapter or thawed the base; names the first few.
     """
-    wanted = {id(parameter) for parameter in adapter_parameters(model).values()}
+    wanted = {id(parameter) for parameter in trainable_parameters(model).values()}
     wrong = [name for name, p in model.named_parameters() if p.requires_grad is not (id(p) in wanted)]
-    if wrong:
-        raise RuntimeError(f"requires_grad is wrong on {len(wrong)} parameters: {', '.join(wrong[:4])}")
+    if wrong or not wanted:
+        names = ", ".join(wrong[:4]) or "nothing is trainable"
+        raise RuntimeError(f"requires_grad is wrong on {len(wrong)} parameters: {names}")
 
 
 def summarize_adapters(model: nn.Module) -> AdapterSummary:
     """Count the adapted layers and their parameters; not for ZeRO-3's partitioned parameters."""
-    layers = [layer for _, layer in _adapted(model)]
-    routers = [layer.router for layer in layers if isinstance(layer, MoloraLinear)]
+    modules = list(adapter_modules(model))
+    linears = [module for module in modules if isinstance(module, AdaptedLinear)]
+    num_lora = sum(isinstance(module, LoraLinear) for module in linears)
+    parameters = adapter_parameters(model)
     return AdapterSummary(
-        num_molora=len(routers),
-        num_lora=len(layers) - len(routers),
-        num_parameters=sum(p.numel() for p in adapter_parameters(model).values()),
-        num_router_parameters=sum(p.numel() for router in routers for p in router.parameters()),
+        num_molora=len(linears) - num_lora,
+        num_lora=num_lora,
+        num_parameters=sum(p.numel() for p in parameters.values()),
+        num_router_parameters=sum(
+            parameters[f"{module.name}.{name}"].numel()
+            for module in modules
+            for name in module.adapter_parameters()
+            if name.startswith("router.")
+        ),
     )
 
 
@@ -140,5 +254,6 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
         parameter.copy_(state[name])
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+def adapter_modules(model: nn.Module) -> Iterator[AdapterModule]:
+    """Everything that adapters have added to a model, in the order of its modules."""
+    return (module for module in model.modules() if isinstance(module, AdapterModule))

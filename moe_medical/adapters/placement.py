@@ -27,6 +27,9 @@ _SHARED_INPUT = (
 )
 """Sibling layers that read the same tensor in the models of transformers."""
 
+_LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")
+"""Up to the number of the decoder layer."""
+
 
 def match_modules(names: Iterable[str], config: MoloraConfig) -> dict[str, AdapterKind]:
     """Choose the adapter of each linear layer.
@@ -63,6 +66,31 @@ def shared_input_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
         kin = next((siblings[0] for siblings in _SHARED_INPUT if leaf in siblings), leaf)
         groups.setdefault((parent, kin), []).append(name)
     return [tuple(group) for group in groups.values()]
+
+
+def depth_of(name: str) -> int:
+    """Number of the decoder layer that a module is in, 0 outside of any."""
+    found = _LAYER.match(name)
+    return int(found[2]) if found else 0
+
+
+def routing_scopes(names: Iterable[str], scope: str) -> dict[str, str]:
+    """Routed layer -> the scope whose decision it follows, its first layer by name deciding.
+
+    Args:
+        names: Full names of the routed layers, in the order in which they run.
+        scope: `module`, `block`, `layer` or `model`; the last decides anew in each layer, too.
+    """
+    return {name: _scope_of(name, scope) for name in names}
+
+
+def _scope_of(name: str, scope: str) -> str:
+    if scope == "module":
+        return name
+    if scope == "block":
+        return name.rpartition(".")[0]
+    found = _LAYER.match(name)
+    return found[1] if found else ""
 
 
 def _matched(key: str, patterns: Sequence[str], names: list[str], problems: list[Problem]) -> set[str]:

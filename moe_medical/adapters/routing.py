@@ -1,32 +1,26 @@
-"""From a token, or its task, to experts and their weights; the object that carries a batch's side inputs.
+"""What a router has decided, and the object that carries a batch's side inputs to it.
 
-Decisions: the router computes in float32 whatever the base model's dtype; top-k is taken on the logits and
-the gate is a softmax over those k, which equals the softmax over all experts renormalised on the chosen
-ones (MING-MOE, arXiv 2404.09027). Routing is data: it is returned and recorded, never kept in a module.
-No noise, no capacity limit, no token is dropped.
+Routing is data: it is returned and recorded, never kept in a module. No capacity limit, no token is dropped.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from moe_medical.config.presets import TASK_FEATURES, MoloraConfig
+from torch import Tensor
 
 
 class Routing(NamedTuple):
     """What a router decided for T tokens."""
 
     weights_TK: Tensor
-    """Gate of each chosen expert, float32, rows sum to 1."""
+    """Gate of each chosen expert, float32; a dense gate has K = E, and may hold zeros."""
     expert_ids_TK: Tensor
-    """Chosen experts, int64, highest gate first."""
+    """Chosen experts, int64; highest gate first unless the gate is dense."""
     logits_TE: Tensor
     """Router logits, float32; the z-loss needs them."""
     probs_TE: Tensor
@@ -34,129 +28,65 @@ class Routing(NamedTuple):
 
 
 class RouterGradient(NamedTuple):
-    """What a layer's backward needs to know for the router losses of the whole global batch."""
+    """What a layer's backward needs to know for the router losses of the whole global batch; see losses.py."""
 
-    fraction_E: Tensor
-    """Share of the global batch's tokens that chose each expert; sums to K."""
-    balance_weight: float
+    of_probs_CE: Tensor
+    """Derivative by the probability of each expert, for each class of tokens."""
+    classes_T: Tensor | None
+    """Class of each token of the bound micro-batch; None where there is one class only."""
+    entropy_weight: float
+    """Of log p in the derivative by p."""
     z_weight: float
 
 
-class Router(nn.Module):
-    """Anything that gives each token its experts."""
+class Sequences(NamedTuple):
+    """Which tokens are one sample's, and which of them are its prompt."""
 
-    def forward(
-        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
-    ) -> Routing:
-        """Route each token; all four tensors of the result are float32 or int64.
+    start_T: Tensor
+    """Place of the first token of each token's sample among the T tokens, int64."""
+    prompt_T: Tensor
+    """True on prompts; a sequence's router sees no more, as an answer is not there when it is wanted."""
 
-        Args:
-            x_TD: Inputs, any float dtype.
-            task_ids_T: Task of each token, where they are known.
-            tap: Applied to the logits before the choice; the router losses enter backward through it.
-        """
-        raise NotImplementedError
+    @classmethod
+    def of(cls, position_ids_BS: Tensor, prompt_mask_BS: Tensor) -> Sequences:
+        """From positions that start at 0 with each sample, and a mask of the prompts' tokens."""
+        place_BS = torch.arange(position_ids_BS.numel(), device=position_ids_BS.device).view_as(
+            position_ids_BS
+        )
+        begins_BS = (position_ids_BS == 0) | (place_BS % place_BS.shape[1] == 0)
+        start_BS = torch.where(begins_BS, place_BS, 0).cummax(dim=1).values
+        return cls(start_BS.flatten(), prompt_mask_BS.flatten())
 
-
-def new_router(config: MoloraConfig, in_features: int, generator: torch.Generator) -> Router:
-    """The router of one layer, its first values drawn from `generator`."""
-    if config.router == "task":
-        return TaskRouter(config.num_tasks, config.num_experts, config.top_k, generator)
-    return TokenRouter(in_features, config.num_experts, config.top_k, generator)
-
-
-class TokenRouter(Router):
-    """Linear router: z = W x + b, S = top-k(z), g_i = exp(z_i) / sum_{j in S} exp(z_j).
-
-    With `top_k` 1 the gate is always 1, so that only the balance loss trains the router.
-
-    Args:
-        in_features: D.
-        num_experts: E.
-        top_k: K, at most E.
-        generator: Of the first values, torch's default for a linear layer.
-    """
-
-    def __init__(
-        self, in_features: int, num_experts: int, top_k: int, generator: torch.Generator | None = None
-    ):
-        super().__init__()
-        self.top_k, bound = top_k, 1 / math.sqrt(in_features)
-        self.weight = _uniform(bound, generator, num_experts, in_features)
-        self.bias = _uniform(bound, generator, num_experts)
-
-    def forward(
-        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
-    ) -> Routing:
-        """Route each token by itself."""
-        logits_TE: Tensor = _Float32Linear.apply(x_TD, self.weight, self.bias)
-        return _choose(logits_TE, self.top_k, tap)
+    def mean(self, x_TD: Tensor) -> Tensor:
+        """(T, D) float32: the mean over the prompt of each token's sample; zeros where it has none."""
+        weight_T = self.prompt_T.float()
+        sums_TD = torch.zeros(x_TD.shape, device=x_TD.device).index_add(
+            0, self.start_T, x_TD.float() * weight_T[:, None]
+        )
+        counts_T = torch.zeros_like(weight_T).index_add(0, self.start_T, weight_T)
+        return (sums_TD / counts_T.clamp(min=1)[:, None])[self.start_T]
 
 
-class TaskRouter(Router):
-    """Task gate of MOELoRA (arXiv 2310.18339), one for each layer: g = softmax(W e_j), e_j of task j.
+class SideInputs(NamedTuple):
+    """What a router may know of T tokens beside their hidden states."""
 
-    With `top_k` below E the gate is a softmax over the k largest. A token whose task is not known gets the
-    mean of the tasks' logits.
-
-    Args:
-        num_tasks: J.
-        num_experts: E.
-        top_k: K, at most E; E is the paper's dense gate.
-        generator: Of the first values: e ~ N(0, 1), W uniform.
-    """
-
-    def __init__(
-        self, num_tasks: int, num_experts: int, top_k: int, generator: torch.Generator | None = None
-    ):
-        super().__init__()
-        self.top_k = top_k
-        self.embedding = nn.Parameter(torch.randn(num_tasks, TASK_FEATURES, generator=generator))
-        self.weight = _uniform(1 / math.sqrt(TASK_FEATURES), generator, num_experts, TASK_FEATURES)
-
-    def forward(
-        self, x_TD: Tensor, task_ids_T: Tensor | None = None, tap: Callable[[Tensor], Tensor] | None = None
-    ) -> Routing:
-        """Route each token by its task."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_JE = self.embedding.float() @ self.weight.float().t()
-            if task_ids_T is None:
-                logits_TE = logits_JE.mean(0, keepdim=True).expand(len(x_TD), -1)
-            else:
-                logits_TE = logits_JE[task_ids_T]
-        return _choose(logits_TE, self.top_k, tap)
+    task_ids_T: Tensor | None = None
+    """Task of each token; or (T, M), several tasks, -1 where there are fewer; None where not known."""
+    sequences: Sequences | None = None
+    prompt_logits_TE: Tensor | None = None
+    """What the sequence's prompt decided in an earlier pass, for tokens that came after it."""
+    scalings_TE: Tensor | None = None
+    """Gates that were decided before the layers ran (X-LoRA)."""
+    tap: Callable[[Tensor], Tensor] | None = None
+    """Applied to the logits before the choice; the router losses enter backward through it."""
 
 
-def _uniform(bound: float, generator: torch.Generator | None, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+@dataclass
+class _Decision:
+    """A routing that several layers use, until the last of them has."""
 
-
-def _choose(logits_TE: Tensor, top_k: int, tap: Callable[[Tensor], Tensor] | None) -> Routing:
-    logits_TE = logits_TE if tap is None else tap(logits_TE)
-    top_logits_TK, expert_ids_TK = logits_TE.topk(top_k, dim=-1)
-    return Routing(top_logits_TK.softmax(-1), expert_ids_TK, logits_TE, logits_TE.softmax(-1))
-
-
-class _Float32Linear(torch.autograd.Function):
-    """`linear(x.float(), W, b)` that keeps x, not its float32 copy, for backward.
-
-    Autograd's own version would hold 4 more bytes per input feature and token under a bfloat16 base.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return torch.addmm(bias_E.float(), x_TD.float(), weight_ED.float().t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x_TD, weight_ED = ctx.saved_tensors
-        with torch.autocast(x_TD.device.type, enabled=False):
-            grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-            grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
-            return grad_x, grad_weight, grad_TE.sum(0).to(weight_ED.dtype)
+    routing: Routing
+    users: int
 
 
 class RoutingContext:
@@ -169,14 +99,25 @@ class RoutingContext:
     def __init__(self) -> None:
         self.token_mask_BS: Tensor | None = None
         self.task_ids_BS: Tensor | None = None
+        self.sequences: Sequences | None = None
+        self.scalings: dict[str, Tensor] = {}
+        """Of X-LoRA: layer -> (T, E), decided before the layers run."""
+        self.adapters_off = False
         self.routings: dict[str, Routing] = {}
         self.router_gradients: dict[str, RouterGradient] = {}
         self.pass_name = ""
         self.binding: object | None = None  # another one in each `bind`, whose mask may be an earlier one's
+        self._decisions: dict[str, _Decision] = {}
+        self._prompts: dict[str, Tensor] = {}
+        self._rows = 0
 
     @contextmanager
     def bind(
-        self, token_mask_BS: Tensor, task_ids_BS: Tensor | None = None, pass_name: str = "train"
+        self,
+        token_mask_BS: Tensor,
+        task_ids_BS: Tensor | None = None,
+        pass_name: str = "train",
+        sequences: Sequences | None = None,
     ) -> Iterator[RoutingContext]:
         """Bind one micro-batch; must span forward **and** backward, which may run forward again.
 
@@ -184,40 +125,73 @@ class RoutingContext:
             token_mask_BS: True where the token is real, False where it is padding.
             task_ids_BS: Task of each token.
             pass_name: Passes of one name run the layers in one order, which the weight exchange learns.
+            sequences: Samples and prompts, which a sequence router needs.
 
         Raises:
             RuntimeError: A batch is bound already.
         """
-        if self.token_mask_BS is not None:
-            raise RuntimeError("a batch is bound already: one context serves one batch at a time")
-        self.token_mask_BS, self.task_ids_BS = token_mask_BS, task_ids_BS
+        self._refuse_second()
+        self.token_mask_BS, self.task_ids_BS, self.sequences = token_mask_BS, task_ids_BS, sequences
         self.pass_name, self.binding = pass_name, object()
         try:
             yield self
         finally:
-            self.token_mask_BS = self.task_ids_BS = self.binding = None
+            self.token_mask_BS = self.binding = None
             self.routings, self.router_gradients, self.pass_name = {}, {}, ""
+            self._release()
 
     @contextmanager
-    def bind_tasks(self, task_ids_B: Tensor) -> Iterator[RoutingContext]:
-        """Bind the tasks of the rows alone, for any number of positions; nothing is recorded.
+    def bind_tasks(
+        self, task_ids_B: Tensor | None, prompt_mask_BS: Tensor | None = None
+    ) -> Iterator[RoutingContext]:
+        """Bind what is known of whole rows, for any number of positions; nothing is recorded.
 
         For evaluation and generation, where a row is one sample and the cache leaves one position of it.
+
+        Args:
+            task_ids_B: Task of each row; or (B, M), several tasks, -1 where there are fewer.
+            prompt_mask_BS: True on the tokens of the prompts, which a sequence router needs. What it decides
+                for them holds for forward passes of other lengths, until the binding ends.
         """
-        if self.token_mask_BS is not None:
-            raise RuntimeError("a batch is bound already: one context serves one batch at a time")
-        self.task_ids_BS = task_ids_B[:, None]
+        self._refuse_second()
+        self.task_ids_BS = None if task_ids_B is None else task_ids_B[:, None]
+        if prompt_mask_BS is not None:
+            rows = torch.arange(prompt_mask_BS.shape[1], device=prompt_mask_BS.device)
+            self.sequences = Sequences.of(rows.expand_as(prompt_mask_BS), prompt_mask_BS.bool())
+            self._rows = len(prompt_mask_BS)
         try:
             yield self
         finally:
-            self.task_ids_BS = None
+            self._release()
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Let the base model run alone."""
+        before, self.adapters_off = self.adapters_off, True
+        try:
+            yield
+        finally:
+            self.adapters_off = before
+
+    def side_inputs(
+        self, layer_name: str, num_tokens: int, tap: Callable[[Tensor], Tensor] | None = None
+    ) -> SideInputs:
+        """What is bound, for a layer's tokens."""
+        side = SideInputs(self.task_ids_of(num_tokens), scalings_TE=self.scalings.get(layer_name), tap=tap)
+        if self.sequences is not None and len(self.sequences.start_T) == num_tokens:
+            return side._replace(sequences=self.sequences)
+        kept_BE = self._prompts.get(layer_name)
+        if kept_BE is None:
+            return side
+        return side._replace(prompt_logits_TE=kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0))
 
     def task_ids_of(self, num_tokens: int) -> Tensor | None:
-        """Task of each of a layer's tokens, None where no tasks are bound."""
+        """Task, or tasks, of each of a layer's tokens, None where no tasks are bound."""
         if self.task_ids_BS is None:
             return None
-        positions = num_tokens // len(self.task_ids_BS)
-        return self.task_ids_BS.expand(-1, positions).reshape(-1)
+        ids_BS = self.task_ids_BS
+        positions = num_tokens // len(ids_BS)
+        return ids_BS.expand(-1, positions, *ids_BS.shape[2:]).reshape(num_tokens, *ids_BS.shape[2:])
 
     @property
     def token_mask_T(self) -> Tensor:
@@ -230,3 +204,37 @@ class RoutingContext:
         """Keep the routing of a layer until `bind` ends. Assigns: a recomputed forward replaces, not adds."""
         if self.token_mask_BS is not None:
             self.routings[layer_name] = routing
+
+    def share(self, scope: str, routing: Routing, users: int) -> None:
+        """Offer a decision to the other layers of a scope, which all run before the next one is made."""
+        if users:
+            self._decisions[scope] = _Decision(routing, users)
+
+    def shared(self, scope: str) -> Routing:
+        """The decision of a scope; the last of its users takes it away.
+
+        Raises:
+            RuntimeError: The layer that decides has not run before this one.
+        """
+        decision = self._decisions.get(scope)
+        if decision is None:
+            rule = "its first layer by name must run first. Use a narrower adapters.router_scope"
+            raise RuntimeError(f"no routing was decided for {scope or 'the model'}: {rule}.")
+        decision.users -= 1
+        if not decision.users:
+            del self._decisions[scope]
+        return decision.routing
+
+    def keep_prompt(self, layer_name: str, logits_TE: Tensor) -> None:
+        """Keep what rows' prompts decided, for the tokens that are generated after them."""
+        if self._rows and self.sequences is not None and len(logits_TE) == len(self.sequences.start_T):
+            self._prompts[layer_name] = logits_TE.unflatten(0, (self._rows, -1))[:, -1]
+
+    def _refuse_second(self) -> None:
+        if self.token_mask_BS is not None or self.task_ids_BS is not None:
+            raise RuntimeError("a batch is bound already: one context serves one batch at a time")
+
+    def _release(self) -> None:
+        self.task_ids_BS = self.sequences = None
+        self.scalings = {}
+        self._decisions, self._prompts, self._rows = {}, {}, 0

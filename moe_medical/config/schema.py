@@ -21,7 +21,12 @@ Batching = Literal["packed", "grouped", "padded"]
 TokenCache = Literal["auto", "always", "never"]
 Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
 TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
-Router = Literal["token", "task"]
+Router = Literal["token", "task", "joint", "sequence", "threshold", "hierarchical", "xlora"]
+RouterScope = Literal["module", "block", "layer", "model"]
+Experts = Literal["linear", "block", "ffn"]
+Selection = Literal["top_k", "sample"]
+ComputePath = Literal["auto", "concat", "grouped", "triton"]
+Quantization = Literal["none", "int8", "bnb8", "bnb4"]
 Choices = Literal["generated", "likelihood"]
 GuardAction = Literal["none", "reweight", "freeze", "stop"]
 Surgery = Literal["none", "pcgrad", "upgrad", "imtl_g", "mgda", "aligned_mtl", "cagrad", "nash_mtl"]
@@ -50,6 +55,8 @@ class ModelSection:
     """Commit, tag or branch of a hub id; pin a commit for a run that must be repeatable."""
     dtype: Dtype = "float32"
     """Storage and compute type of the frozen base; adapters and routers stay float32."""
+    quantization: Quantization = "none"
+    """Of the frozen base's linears: `int8` weight-only (torchao); `bnb8` or `bnb4` (bitsandbytes, a GPU)."""
 
 
 @dataclass
@@ -57,23 +64,85 @@ class AdaptersSection:
     """Which linear layers get low-rank experts, and how they are routed. None takes the preset's value."""
 
     preset: str = "ming_moe"
-    router: Optional[Router] = None
-    """`token`: each token chooses its experts; `task`: each task has its own weights of them."""
+    experts: Optional[Experts] = None
+    """`linear`: low-rank experts in each linear layer; `block`: low-rank experts of a whole FFN block, each
+    with its own activations (MixLoRA); `ffn`: full copies of the FFN block (Med-MoE)."""
     num_experts: Optional[int] = None
+    experts_per_layer: Optional[list[int]] = None
+    """Experts by depth, in equal bands of layers (MoLA), instead of `num_experts` everywhere."""
+    router: Optional[Router] = None
+    """`token`: each token chooses; `task`: each task has its own weights; `joint`: both logits added;
+    `sequence`: the prompt chooses for all its tokens; `threshold`: experts above a learned threshold;
+    `hierarchical`: a softmax over groups, then within each; `xlora`: gates from a pass without adapters."""
+    router_scope: Optional[RouterScope] = None
+    """Modules that share one decision: each linear its own, those of one block, those of one layer; `model`
+    shares the router's weights between all layers too."""
+    router_bias: Optional[bool] = None
     top_k: Optional[int] = None
-    """Experts that each token, or task, uses; the gate is a softmax over their logits."""
+    """Experts that each token, or task, uses; 0 for all, a dense gate."""
+    renormalise: Optional[bool] = None
+    """Whether the gates of the chosen experts sum to 1; else they are their shares of the full softmax."""
+    selection: Optional[Selection] = None
+    """Of the chosen in training: the largest, or a sample without replacement; elsewhere the largest."""
+    temperature: Optional[float] = None
+    """Divides the router's logits."""
+    jitter: Optional[float] = None
+    """In training the router's input is multiplied by U(1 - jitter, 1 + jitter)."""
+    groups: Optional[int] = None
+    """Groups of experts of a hierarchical router."""
+    unknown_task: Optional[str] = None
+    """What a task gate does without a task: `mean` of the tasks' logits, `refuse`, or as the task named."""
+    freeze_router: Optional[bool] = None
+    """Keep the router as it was loaded from `router_from`."""
+    router_from: Optional[str] = None
+    """Folder of a fitted router, with its label map (`moe-medical router fit`)."""
     rank: Optional[int] = None
+    rank_split: Optional[bool] = None
+    """Whether `rank` is that of all experts together (MOELoRA) rather than of each."""
+    shared_a: Optional[bool] = None
+    """One A for all experts, each with its own B (HydraLoRA)."""
+    shared_experts: Optional[int] = None
+    """Experts that every token uses beside those it chose (the meta expert of Med-MoE)."""
+    shared_weight: Optional[float] = None
+    """Gate of the shared experts."""
+    learn_shared_weight: Optional[bool] = None
+    """Whether that gate is trained."""
     alpha: Optional[float] = None
-    """Scaling of the delta is alpha / rank."""
+    """Scaling of the delta is alpha / rank, or alpha / sqrt(rank) with `rs_lora`."""
+    rs_lora: Optional[bool] = None
+    """Rank-stabilised scaling."""
+    dora: Optional[bool] = None
+    """Weight-decomposed plain LoRA (layers of `lora` only: a token's gate would change the norm)."""
+    init_std: Optional[float] = None
+    """A starts normal with this deviation; 0 is kaiming-uniform. B starts at zero."""
     dropout: Optional[float] = None
+    experts_from: Optional[list[str]] = None
+    """Adapter folders to start from: one plain LoRA that all experts copy, or one for each expert."""
+    start_noise: Optional[float] = None
+    """Deviation of the noise on copies of one LoRA, relative to theirs: alike they would stay alike."""
+    freeze_experts: Optional[bool] = None
+    """Train routers and what shares no name with an expert only (X-LoRA)."""
+    path: Optional[ComputePath] = None
+    """How experts are computed: all at once, chosen ones grouped, fused kernels; `auto` decides by layer."""
     molora: Optional[list[str]] = None
-    """Regular expressions; a linear whose full module name matches one gets routed experts."""
+    """Regular expressions; a linear whose full module name matches one gets routed experts. With `experts:
+    block` or `ffn` they name the FFN blocks' linears, and each block is adapted whole."""
     lora: Optional[list[str]] = None
     """Regular expressions; a linear whose full module name matches one gets one plain LoRA."""
     balance_coefficient: Optional[float] = None
     """Weight of the load-balance loss E * sum_i f_i P_i, averaged over layers."""
     z_coefficient: Optional[float] = None
     """Weight of the router z-loss mean(logsumexp(logits)^2), averaged over layers."""
+    entropy_coefficient: Optional[float] = None
+    """Weight of the mean entropy of a token's softmax, averaged over layers: decided gates."""
+    divergence_coefficient: Optional[float] = None
+    """Weight of minus the generalised Jensen-Shannon divergence of the tokens' softmaxes (HMoRA)."""
+    localized_coefficient: Optional[float] = None
+    """Weight of LoRAMoE's localized balance: the squared coefficient of variation of weighted gates."""
+    localized_delta: Optional[float] = None
+    """Its weights are 1 + delta where task and expert are of one kind, else 1 - delta."""
+    localized_tasks: Optional[list[str]] = None
+    """Tasks of the first kind, whose experts are the first half; all others are of the second."""
 
 
 @dataclass
@@ -221,6 +290,10 @@ class TrainingSection:
     guard: GuardSection = field(default_factory=GuardSection)
     activation_checkpointing: Checkpointing = "none"
     """Keep only each block's input and compute the rest again in backward."""
+    router_paths: int = 1
+    """MING's multi-path loss: forward passes with experts sampled anew, of which each sample counts one."""
+    router_paths_reduce: Literal["min", "mean"] = "min"
+    """Of the passes of a sample: its smallest loss, or their mean."""
     compile: bool = False
     """Compile the base model's blocks with torch.compile."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_medical.config.presets import PRESETS, resolve_adapters
 from moe_medical.config.schema import RunConfig
+from moe_medical.config.validate_adapters import adapter_problems
 from moe_medical.config.validate_data import loader_problems, mix_problems
 from moe_medical.config.validate_loss import loss_problems
-from moe_medical.config.validate_parallel import deepspeed_problems, expert_parallel_problems
+from moe_medical.config.validate_parallel import deepspeed_problems
 from moe_medical.config.validate_tracking import tracking_problems
 from moe_medical.errors import Problem
 
@@ -50,7 +49,7 @@ def validate(config: RunConfig) -> list[Problem]:
         *loss_problems(config),
         *tracking_problems(config),
         *_files(config),
-        *_adapters(config),
+        *adapter_problems(config),
     ]
 
 
@@ -94,30 +93,6 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     if not Path(config.data.recipe).is_file():
         yield Problem("data.recipe", "must name a mixture YAML, relative to the run file", config.data.recipe)
     yield from deepspeed_problems(config.parallel)
-
-
-def _adapters(config: RunConfig) -> Iterator[Problem]:
-    if config.adapters.preset not in PRESETS:
-        known = ", ".join(sorted(PRESETS))
-        yield Problem("adapters.preset", f"must be one of {known}", config.adapters.preset)
-        return
-    adapters = resolve_adapters(config.adapters)
-    for key in ("num_experts", "top_k", "rank", "alpha"):
-        yield from _require(f"adapters.{key}", getattr(adapters, key), lambda v: v > 0, "must be > 0")
-    within = (lambda v: v <= adapters.num_experts, f"must be at most num_experts ({adapters.num_experts})")
-    yield from _require("adapters.top_k", adapters.top_k, *within)
-    yield from _require("adapters.dropout", adapters.dropout, lambda v: 0 <= v < 1, "must be in [0, 1)")
-    for key in ("molora", "lora"):
-        yield from _patterns(f"adapters.{key}", getattr(adapters, key))
-    yield from expert_parallel_problems(config.parallel, adapters)
-
-
-def _patterns(key: str, patterns: tuple[str, ...]) -> Iterator[Problem]:
-    for i, pattern in enumerate(patterns):
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            yield Problem(f"{key}[{i}]", f"must be a regular expression ({e})", pattern)
 
 
 def _require(key: str, value, holds, rule: str) -> Iterator[Problem]:  # type: ignore[no-untyped-def]

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from moe_medical.adapters.placement import AdapterKind, match_modules, shared_input_groups
+from moe_medical.adapters.loss_weights import LossWeights
+from moe_medical.adapters.placement import (
+    AdapterKind,
+    depth_of,
+    match_modules,
+    routing_scopes,
+    shared_input_groups,
+)
 from moe_medical.base_model.known_shapes import BaseShape
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.presets import TASK_FEATURES, MoloraConfig
 from moe_medical.config.schema import Checkpointing, Dtype, RunConfig
 
 FLOAT32 = 4
@@ -41,7 +48,7 @@ class Workload:
     dtype: Dtype
     """Of the base model; weights and tokens are exchanged in it."""
     micro_batch: int
-    """Samples of one forward pass."""
+    """Samples of one forward pass, with all copies of each (`training.router_paths`)."""
     tokens: float
     """Real tokens of one forward pass, on average."""
     positions: int
@@ -79,16 +86,17 @@ class Workload:
             num_tasks: Tasks of the run.
         """
         training = config.training
-        whole = training.balance_over == "global_batch" and bool(adapters.balance_coefficient)
+        whole = training.balance_over == "global_batch" and LossWeights.of(adapters).needs_statistics
+        rows = training.micro_batch * training.router_paths
         return cls(
             dtype=config.model.dtype,
-            micro_batch=training.micro_batch,
-            tokens=training.micro_batch * mean_tokens,
-            positions=training.micro_batch * (longest or config.data.max_length),
+            micro_batch=rows,
+            tokens=rows * mean_tokens,
+            positions=rows * (longest or config.data.max_length),
             accumulation=accumulation,
             checkpointing=training.activation_checkpointing,
             looks_ahead=whole and accumulation > 1 and bool(adapters.molora),
-            head_positions=training.micro_batch * targets,
+            head_positions=rows * targets,
             num_tasks=num_tasks,
         )
 
@@ -139,28 +147,56 @@ class AdaptedModel:
     @cached_property
     def expert_parameters(self) -> int:
         """Of all experts of all layers."""
-        return self.adapters.num_experts * sum(self.low_rank(name) for name in self.routed)
+        return sum(sum(self.expert_sizes(name)) for name in self.routed)
 
     @cached_property
     def shared_parameters(self) -> int:
-        """Of routers and plain LoRA, which every rank has."""
-        plain = sum(self.low_rank(name) for name, kind in self.kinds.items() if kind == "lora")
-        return plain + sum(self.router(name) for name in self.routed)
+        """Of routers, shared experts and plain LoRA, which every rank has."""
+        plain = sum(sum(self.plain_sizes(name)) for name, kind in self.kinds.items() if kind == "lora")
+        return plain + sum(sum(self.router_sizes(name)) + self._always_used(name) for name in self.routed)
 
-    def low_rank(self, name: str) -> int:
-        """Parameters of A and B of one expert, or of a plain LoRA."""
-        shape = self.base.linears[name]
-        return self.adapters.rank * (shape.in_features + shape.out_features)
+    def settings(self, name: str) -> MoloraConfig:
+        """Of a layer: the number of experts may follow its depth."""
+        return self.adapters.at_depth(depth_of(name), self.base.blocks)
 
-    def router(self, name: str) -> int:
-        """Parameters of a layer's router."""
-        return sum(self.adapters.router_sizes(self.base.linears[name].in_features))
+    def expert_sizes(self, name: str) -> tuple[int, int]:
+        """Numbers in A and in B of all routed experts of a layer; a full expert's weight counts as A."""
+        shape, at = self.base.linears[name], self.settings(name)
+        if at.experts == "ffn":
+            return at.num_experts * shape.in_features * shape.out_features, 0
+        rank, num_A = at.expert_rank(), 1 if at.shared_a else at.num_experts
+        return num_A * rank * shape.in_features, at.num_experts * rank * shape.out_features
+
+    def plain_sizes(self, name: str) -> tuple[int, int]:
+        """Numbers in A and in B of a plain LoRA, the magnitudes of DoRA with the latter."""
+        shape, rank = self.base.linears[name], self.adapters.rank
+        return rank * shape.in_features, (rank + self.adapters.dora) * shape.out_features
+
+    def router_sizes(self, name: str) -> tuple[int, ...]:
+        """Numbers in each parameter of a layer's router; none where another layer's is used."""
+        owners = self.deciding if self.adapters.router_scope != "model" else frozenset(self.routed[:1])
+        if name not in owners:
+            return ()
+        return router_sizes(self.settings(name), self.base.linears[name].in_features)
 
     def layer_parameters(self, name: str) -> int:
-        """Trainable parameters of an adapted layer, all experts counted."""
+        """Parameters of an adapted layer, all experts counted."""
         if self.kinds[name] == "lora":
-            return self.low_rank(name)
-        return self.adapters.num_experts * self.low_rank(name) + self.router(name)
+            return sum(self.plain_sizes(name))
+        return sum(self.expert_sizes(name)) + sum(self.router_sizes(name)) + self._always_used(name)
+
+    @cached_property
+    def deciding(self) -> frozenset[str]:
+        """Routed layers that decide for their scope."""
+        scope = self.adapters.router_scope if self.adapters.experts == "linear" else "block"
+        scopes = routing_scopes(self.routed, scope)
+        return frozenset({scope: name for name, scope in reversed(scopes.items())}.values())
+
+    def _always_used(self, name: str) -> int:
+        at, shape = self.settings(name), self.base.linears[name]
+        if at.experts == "ffn":
+            return at.shared_experts * shape.in_features * shape.out_features
+        return at.shared_experts * at.expert_rank() * (shape.in_features + shape.out_features)
 
     @cached_property
     def front(self) -> frozenset[str]:
@@ -178,6 +214,22 @@ class AdaptedModel:
         shapes = [self.base.linears[name] for name in names]
         needs_grad = workload.input_needs_grad or not any(name in self.front for name in names)
         return RoutedGroup(shapes[0].in_features, tuple(s.out_features for s in shapes), needs_grad)
+
+
+def router_sizes(at: MoloraConfig, in_features: int) -> tuple[int, ...]:
+    """Numbers in each parameter of a router. X-LoRA's classifier is left out: it is no layer's."""
+    experts = at.num_experts
+    token = (experts * in_features, experts) if at.router_bias else (experts * in_features,)
+    tasks = (at.num_tasks * TASK_FEATURES, experts * TASK_FEATURES)
+    groups = (at.groups * in_features, at.groups) if at.router_bias else (at.groups * in_features,)
+    known: dict[str, tuple[int, ...]] = {
+        "xlora": (),
+        "task": tasks,
+        "joint": (*token, *tasks),
+        "threshold": (*token, in_features, 1),
+        "hierarchical": (*token, *groups),
+    }
+    return known.get(at.router, token)
 
 
 def reach(num_experts: int, top_k: int, ep_size: int, members: int = 1) -> float:

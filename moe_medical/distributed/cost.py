@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.distributed.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
 from moe_medical.distributed.layouts import Layout, RankGroups, all_layouts
@@ -193,7 +194,7 @@ def _weights(
     group: RoutedGroup, adapters: MoloraConfig, layout: Layout, workload: Workload
 ) -> Iterator[Traffic]:
     """One micro-batch of `exchange: weights`."""
-    numbers = adapters.num_experts * adapters.rank * group.width
+    numbers = adapters.num_experts * adapters.expert_rank() * group.width
     times = workload.forwards + (not layout.keep_gathered)
     yield _ring("expert weights", "all_gather", layout.peers, numbers * times, workload.itemsize)
     yield _ring("expert gradients to their owner", "reduce_scatter", layout.peers, numbers, FLOAT32)
@@ -205,8 +206,9 @@ def _tokens(
     """One micro-batch of `exchange: tokens`, under uniform routing."""
     members, own = len(group.out_features), adapters.num_experts // layout.ep_size
     others = layout.ep_size - 1
-    journey = workload.tokens * others * reach(adapters.num_experts, adapters.top_k, layout.ep_size, members)
-    alone = workload.tokens * others * reach(adapters.num_experts, adapters.top_k, layout.ep_size)
+    sizes = (adapters.num_experts, adapters.active(), layout.ep_size)
+    journey = workload.tokens * others * reach(*sizes, members)
+    alone = workload.tokens * others * reach(*sizes)
     forwards, size = workload.forwards, workload.itemsize
     inputs = group.in_features * size * (forwards + group.input_needs_grad)
     gates = members * own * FLOAT32 * (forwards + 1)
@@ -256,8 +258,10 @@ def _statistics(model: AdaptedModel, layout: Layout, workload: Workload) -> Iter
     """Counts of tokens for the objective, and routings for the router losses."""
     counts = 2 * workload.num_tasks + 3
     yield _ring("token counts", "all_reduce", layout.everyone, counts, _COUNT)
-    adapters = model.adapters
-    if model.routed and (adapters.balance_coefficient or adapters.z_coefficient):
-        chosen = len(model.routed) * adapters.num_experts + 1
-        times = 1 if workload.looks_ahead else workload.accumulation
-        yield _ring("routing counts", "all_reduce", layout.everyone, chosen * times, FLOAT32)
+    losses = LossWeights.of(model.adapters)
+    if model.routed and losses.active:
+        numbers = losses.num_statistics(len(model.deciding), model.adapters.max_experts)
+        # Without a loss that needs statistics they are summed for the log alone, once a step.
+        once = workload.looks_ahead or not losses.needs_statistics
+        times = 1 if once else workload.accumulation
+        yield _ring("routing counts", "all_reduce", layout.everyone, numbers * times, FLOAT32)

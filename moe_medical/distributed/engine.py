@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_medical.adapters.model import adapter_parameters, routed_layers
+from moe_medical.adapters.model import routed_layers, trainable_parameters
 from moe_medical.config import resolve_adapters
 from moe_medical.config.deepspeed_keys import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
@@ -40,7 +40,7 @@ class Trainable:
         """Found by type: adapters of the model, experts of its routed layers."""
         layers = routed_layers(model).items() if group else ()
         experts = (f"{prefix}.{name}" for prefix, layer in layers for name in layer.expert_parameters())
-        return cls(adapter_parameters(model), frozenset(experts))
+        return cls(trainable_parameters(model), frozenset(experts))
 
     def split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters that all ranks share, and this rank's experts."""

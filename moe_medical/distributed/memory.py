@@ -141,24 +141,26 @@ def _of_base(model: AdaptedModel, workload: Workload) -> float:
 def _of_adapters(model: AdaptedModel, workload: Workload) -> float:
     adapters, size = model.adapters, workload.itemsize
     masks = sum(model.base.linears[name].in_features for name in model.kinds) if adapters.dropout else 0
-    routed = len(model.routed)
-    hidden_units = adapters.rank * (len(model.kinds) - routed + adapters.num_experts * routed)
-    return masks + size * hidden_units + FLOAT32 * adapters.num_experts * routed
+    plain = adapters.rank * (len(model.kinds) - len(model.routed))
+    experts = [model.settings(name).num_experts for name in model.routed]
+    hidden_units = plain + sum(n * adapters.expert_rank(n) for n in experts)
+    return masks + size * hidden_units + FLOAT32 * sum(experts)
 
 
 def _of_routings(model: AdaptedModel) -> float:
     """What is recorded for the router losses."""
-    return len(model.routed) * (8 * model.adapters.num_experts + 12 * model.adapters.top_k)
+    at = [model.settings(name) for name in model.deciding]
+    return sum(8 * a.num_experts + 12 * a.active() for a in at)
 
 
 def _received(group: RoutedGroup, model: AdaptedModel, layout: Layout, workload: Workload) -> float:
     """What dispatched rows keep for backward on the rank that computes them."""
     adapters, members, size = model.adapters, len(group.out_features), workload.itemsize
     own = adapters.num_experts // layout.ep_size
-    journey = reach(adapters.num_experts, adapters.top_k, layout.ep_size, members)
-    alone = reach(adapters.num_experts, adapters.top_k, layout.ep_size)
+    journey = reach(adapters.num_experts, adapters.active(), layout.ep_size, members)
+    alone = reach(adapters.num_experts, adapters.active(), layout.ep_size)
     copied = size * group.in_features if members > 1 else 0
-    per_member = copied + group.in_features * (adapters.dropout > 0) + size * own * adapters.rank
+    per_member = copied + group.in_features * (adapters.dropout > 0) + size * own * adapters.expert_rank()
     per_row = journey * (size * group.in_features + FLOAT32 * members * own) + alone * members * per_member
     return per_row * layout.ep_size * workload.tokens
 
@@ -192,5 +194,5 @@ def _exchanged(model: AdaptedModel, layout: Layout, workload: Workload) -> float
     """The gathered weights of two layers, as they came and unpacked, and the gradients of one."""
     if layout.ep_size == 1 or not model.routed:
         return 0.0
-    largest = model.adapters.num_experts * max(model.low_rank(name) for name in model.routed)
+    largest = max(sum(model.expert_sizes(name)) for name in model.routed)
     return largest * (4.0 * workload.itemsize + 2 * FLOAT32)

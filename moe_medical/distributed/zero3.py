@@ -154,13 +154,14 @@ def _forward(model: AdaptedModel, layout: Layout, workload: Workload) -> list[_M
 def _linear(model: AdaptedModel, layout: Layout, workload: Workload, name: str) -> Iterator[_Module]:
     """An adapter starts before the base layer and the router that it wraps."""
     block, shape, kind = block_of(name), model.base.linears[name], model.kinds.get(name)
-    rank, experts = model.adapters.rank, model.adapters.num_experts
-    if kind:
-        owner, count = ("shared", 1) if kind == "lora" else ("expert", experts // layout.ep_size)
-        sizes = (count * rank * shape.in_features, count * rank * shape.out_features)
-        yield _Module(name, block, tuple(_Parameter(owner, n, FLOAT32) for n in sizes))
+    if kind == "lora":
+        sizes = model.plain_sizes(name)
+        yield _Module(name, block, tuple(_Parameter("shared", n, FLOAT32) for n in sizes))
+    elif kind:
+        sizes = model.expert_sizes(name)
+        own = (_Parameter("expert", n // layout.ep_size, FLOAT32) for n in sizes)
+        yield _Module(name, block, tuple(own))
     weight = _Parameter("base", shape.in_features * shape.out_features, workload.itemsize)
     yield _Module(f"{name}.base", block, (weight,), name not in model.front or workload.input_needs_grad)
-    if kind == "molora":
-        sizes = model.adapters.router_sizes(shape.in_features)
-        yield _Module(f"{name}.router", block, tuple(_Parameter("shared", n, FLOAT32) for n in sizes))
+    if kind == "molora" and (router := model.router_sizes(name)):
+        yield _Module(f"{name}.router", block, tuple(_Parameter("shared", n, FLOAT32) for n in router))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_medical.adapters.interop import load_adapter
+from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moe_medical.adapters.interop import load_adapter
+from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel, locate_base

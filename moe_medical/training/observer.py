@@ -187,7 +187,7 @@ class Observer:
         return every > 0 and (done % every == 0 or done == self._last_step)
 
     def _tell_routing(self, counts_LTE: np.ndarray, done: int) -> dict[str, float]:
-        per_task, top_k = self._adapters.router == "task", self._adapters.top_k
+        per_task, top_k = self._adapters.router == "task", self._adapters.active()
         self._routing = stats = RoutingStats(counts_LTE, self._tasks, self._counts.layers, top_k, per_task)
         if not self._topology.is_main:
             return {}

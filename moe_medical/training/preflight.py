@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from moe_medical.adapters.loss_weights import kinds_of_tasks
 from moe_medical.adapters.placement import match_modules
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import RunConfig, resolve_adapters
+from moe_medical.config.validate_adapters import refuse_unknown_task
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.data.tokens import keep_tokens
@@ -28,9 +30,13 @@ def preflight(config: RunConfig) -> None:
     _check_writable(Path(config.run.dir))
     base = locate_base(config.model)
     check_context(config, base)
-    match_modules(linear_shapes(base), resolve_adapters(config.adapters))
+    adapters = resolve_adapters(config.adapters)
+    match_modules(linear_shapes(base), adapters)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
+    refuse_unknown_task(adapters, [task.name for task in tasks])
+    if adapters.localized_coefficient:
+        kinds_of_tasks(adapters, [task.name for task in tasks])
     samples = config.training.steps * config.training.global_batch
     counts = build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
     keep_tokens(tasks, counts.tolist(), config.data.cache, config.parallel.ranks)

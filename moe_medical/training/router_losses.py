@@ -1,25 +1,30 @@
-"""Balance and z-loss of the routers on the statistics of the global batch, padding excluded.
+"""The losses of the routers on the statistics of the global batch, padding excluded.
 
-    forward of a micro-batch -> `enter` (choices summed over ranks, handed to the layers) -> backward
+    forward of a micro-batch -> `enter`: statistics summed over ranks, gradients to the layers -> backward
 
-The balance loss needs the share of tokens that chose each expert, over all ranks *and* all micro-batches, at
+Balance, divergence and localized balance need sums over the tokens of all ranks *and* all micro-batches at
 the first backward of the step. With accumulation that takes a forward pass over all micro-batches in advance,
-without graph (`balance_over: global_batch`); `micro_batch` takes the shares over the ranks only.
+without graph (`balance_over: global_batch`); `micro_batch` takes the sums over the ranks only, and a step's
+loss is the mean over its micro-batches, weighted by their tokens. Z-loss and entropy need neither.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from moe_medical.adapters.loss_weights import LossWeights, kinds_of_tasks
 from moe_medical.adapters.losses import RoutingSums, router_gradients, routing_sums
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.objective import run_model
+from moe_medical.training.binding import bind_batch
 
 
 class RouterLosses:
@@ -30,72 +35,107 @@ class RouterLosses:
         context: Carries the layers' routings out and the gradients in.
         adapters: Holds the coefficients.
         balance_over: See `TrainingSection`.
+        tasks: Names in the order of the task ids; the localized loss tells two kinds of them apart.
+
+    Raises:
+        ConfigError: The localized loss is active and names unknown tasks, or leaves a kind without any.
     """
 
     def __init__(
-        self, engine: Engine, context: RoutingContext, adapters: MoloraConfig, balance_over: str
+        self,
+        engine: Engine,
+        context: RoutingContext,
+        adapters: MoloraConfig,
+        balance_over: str,
+        tasks: Sequence[str] = (),
     ) -> None:
         self._engine, self._context, self._over = engine, context, balance_over
-        self._balance, self._z = adapters.balance_coefficient, adapters.z_coefficient
+        self._weights = LossWeights.of(adapters)
+        self._class_of_J: Tensor | None = None
+        if self._weights.localized:
+            kinds = kinds_of_tasks(adapters, tasks)
+            self._class_of_J = torch.tensor(kinds, device=engine.topology.device)
         self._tokens = 0
-        self._fraction_LE: torch.Tensor | None = None
-        self._sums = np.zeros(2)
+        self._ahead: RoutingSums | None = None
+        self._seen: list[RoutingSums] = []
 
     @property
     def active(self) -> bool:
         """Whether the run has any router loss."""
-        return bool(self._balance or self._z)
+        return bool(self._weights.active)
 
     def begin_step(self, batches: Sequence[Batch], all_tokens: int) -> None:
-        """Look ahead at this rank's micro-batches where the balance loss needs it.
+        """Look ahead at this rank's micro-batches where a loss needs it.
 
         Args:
             batches: On the device.
             all_tokens: Of the global step, padding not counted.
         """
-        self._tokens, self._fraction_LE, self._sums = all_tokens, None, np.zeros(2)
-        if self._balance and self._over == "global_batch" and len(batches) > 1:
-            self._fraction_LE = self._shares(self._count(batches))
+        self._tokens, self._ahead, self._seen = all_tokens, None, []
+        if self._weights.needs_statistics and self._over == "global_batch" and len(batches) > 1:
+            self._ahead = self._count(batches)
+            self._seen = [] if self._ahead is None else [self._ahead]
 
+    @torch.no_grad()
     def enter(self) -> None:
         """Between forward and backward of a micro-batch, inside its `bind`. Collective."""
         if not self.active or not self._context.routings:
             return
-        with torch.no_grad():
-            sums = routing_sums(self._context.routings.values(), self._context.token_mask_T)
-            fraction_LE = self._shares(sums) if self._fraction_LE is None else self._fraction_LE
-            self._add_values(sums, fraction_LE)
-        scale = self._engine.gradient_scale / self._tokens
+        if self._ahead is None:
+            self._seen.append(
+                self._over_ranks(self._sums()) if self._weights.needs_statistics else self._sums()
+            )
         self._context.router_gradients = router_gradients(
-            fraction_LE, self._context.routings, self._balance * scale, self._z * scale
+            self._ahead or self._seen[-1],
+            self._context.routings,
+            self._weights,
+            self._engine.gradient_scale / self._tokens,
+            self._classes_T,
         )
 
     def values(self) -> dict[str, float]:
-        """Balance and z-loss of the last step, without coefficients. Collective."""
-        if not self.active:
+        """The active losses of the last step, without coefficients. Collective."""
+        if not self._seen:
             return {}
-        balance, z = self._engine.topology.sum(self._sums)
-        return {"balance": float(balance), "z": float(z)}
+        seen = self._seen
+        if not self._weights.needs_statistics:
+            seen = [self._over_ranks(_added(seen))]
+        values = dict.fromkeys(self._weights.active, 0.0)
+        for sums in seen:
+            share = float(sums.num_tokens) / self._tokens
+            for name, value in sums.values(self._weights).items():
+                values[name] += share * float(value)
+        return values
 
-    def _count(self, batches: Sequence[Batch]) -> RoutingSums:
-        """Routings of all micro-batches, with the dropout that they will have in training."""
+    def _count(self, batches: Sequence[Batch]) -> RoutingSums | None:
+        """Routings of all ranks' micro-batches, with the randomness that they will have in training."""
         device = self._engine.topology.device
         counted: list[RoutingSums] = []
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in batches:
-                with self._context.bind(batch.token_mask_BS, batch.task_ids_BS, "count"):
+                with bind_batch(self._context, batch, "count"):
                     run_model(self._engine.module, batch, batch.target_columns_C[:1])
-                    mask_T = self._context.token_mask_T
-                    counted.append(routing_sums(self._context.routings.values(), mask_T))
-        return RoutingSums(*(sum(column) for column in zip(*counted, strict=True)))
+                    if self._context.routings:
+                        counted.append(self._sums())
+        return self._over_ranks(_added(counted)) if counted else None
 
-    def _shares(self, sums: RoutingSums) -> torch.Tensor:
-        """(L, E): tokens that chose each expert over tokens, of all ranks."""
-        both = self._engine.sum(torch.cat([sums.chosen_LE.flatten(), sums.num_tokens.view(1)]))
-        return both[:-1].view_as(sums.chosen_LE) / both[-1].clamp(min=1)
+    def _sums(self) -> RoutingSums:
+        """Of the bound micro-batch."""
+        routings, mask_T = self._context.routings.values(), self._context.token_mask_T
+        return routing_sums(routings, mask_T, self._classes_T, self._weights.classes)
 
-    def _add_values(self, sums: RoutingSums, fraction_LE: torch.Tensor) -> None:
-        layers, experts = fraction_LE.shape
-        balance = experts * (fraction_LE * sums.probs_LE).sum() / (layers * self._tokens)
-        z = sums.z_L.sum() / (layers * self._tokens)
-        self._sums += torch.stack([balance, z]).double().cpu().numpy()
+    def _over_ranks(self, sums: RoutingSums) -> RoutingSums:
+        return sums.through(self._engine.sum)
+
+    @property
+    def _classes_T(self) -> Tensor | None:
+        """Class of each token of the bound micro-batch; None where there is one only."""
+        if self._class_of_J is None:
+            return None
+        if self._context.task_ids_BS is None:
+            raise RuntimeError("the localized loss needs the task of each token: bind them")
+        return self._class_of_J[self._context.task_ids_BS.reshape(-1)]
+
+
+def _added(sums: Sequence[RoutingSums]) -> RoutingSums:
+    return functools.reduce(operator.add, sums)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_medical.adapters.model import routed_layers
+from moe_medical.adapters.model import deciding_layers
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.distributed.engine import Engine
 
@@ -37,8 +37,8 @@ class RoutingCounts:
     """
 
     def __init__(self, engine: Engine, context: RoutingContext, num_tasks: int) -> None:
-        routed = routed_layers(engine.module)
-        self.layers: Sequence[str] = [layer.name for layer in routed.values()]
+        routed = deciding_layers(engine.module)
+        self.layers: Sequence[str] = list(routed)
         self._engine, self._context = engine, context
         experts = max((layer.num_experts for layer in routed.values()), default=0)
         self._shape = (len(self.layers), num_tasks, experts)

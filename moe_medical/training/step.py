@@ -13,7 +13,9 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.objective import TokenWeights, task_sums, token_losses
+from moe_medical.training.binding import bind_batch
 from moe_medical.training.router_losses import RouterLosses
+from moe_medical.training.router_paths import ONE_PATH, RouterPaths
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def accumulate(
     counts: StepCounts,
     weights: TokenWeights | None = None,
     look: Callable[[], None] = lambda: None,
+    paths: RouterPaths = ONE_PATH,
 ) -> np.ndarray:
     """Forward and backward over this rank's micro-batches.
 
@@ -69,6 +72,7 @@ def accumulate(
         counts: Of all ranks.
         weights: Of the target tokens in the global loss; None gives each task its mean per token.
         look: Called between forward and backward of each micro-batch, while it is bound.
+        paths: How often each sample runs.
 
     Returns:
         This rank's sums per task, shape (3, num_tasks): loss, supervised tokens, samples.
@@ -78,14 +82,15 @@ def accumulate(
     weights = weights or TokenWeights.of("task_token_mean", counts.tokens_T, counts.rows_T, device)
     sums = np.zeros((3, num_tasks))
     on_device = [batch.to(device) for batch in batches]
-    router_losses.begin_step(on_device, counts.all_tokens)
-    for batch in on_device:
-        with context.bind(batch.token_mask_BS, batch.task_ids_BS):
-            tokens = token_losses(engine, batch)
+    repeated = [paths.repeat(batch) for batch in on_device]
+    router_losses.begin_step(repeated, counts.all_tokens * paths.number)
+    for number, (batch, rows) in enumerate(zip(on_device, repeated, strict=True), start=1):
+        with bind_batch(context, rows):
+            tokens = paths.choose(token_losses(engine, rows), batch)
             look()
             router_losses.enter()
             loss = (tokens.losses * weights(tokens)).sum()
-            engine.backward(loss, last=batch is on_device[-1])
+            engine.backward(loss, last=number == len(on_device))
             sums += task_sums(tokens, batch, num_tasks).numpy()
     return sums
 

@@ -18,6 +18,7 @@ from moe_medical.config.schema import LossSection
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.objective import TokenWeights, task_sums, token_losses
+from moe_medical.training.binding import bind_batch
 from moe_medical.training.step import StepCounts, seed_step
 from moe_medical.training.surgery import surgery_weights
 from moe_medical.training.task_weights import task_weighting
@@ -104,7 +105,7 @@ class StepLoss:
         seed_step(self._seed, step, topology.rank)
         with torch.no_grad():
             for batch in (batch.to(topology.device) for batch in batches):
-                with self._context.bind(batch.token_mask_BS, batch.task_ids_BS, "count"):
+                with bind_batch(self._context, batch, "count"):
                     tokens = token_losses(self._engine.module, batch)
                     sums_T += task_sums(tokens, batch, self._num_tasks).numpy()[0]
         return sums_T

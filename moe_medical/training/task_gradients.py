@@ -28,6 +28,7 @@ from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.objective import TokenLosses, token_losses
+from moe_medical.training.binding import bind_batch
 
 Weigh = Callable[[TokenLosses], Tensor]
 """Weight of each target token, shape (number of target tokens,)."""
@@ -165,7 +166,7 @@ def _each_task(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The tasks of a micro-batch with the gradients of their tokens' weighted losses."""
     parameters = list(engine.named.values())
-    with context.bind(batch.token_mask_BS, batch.task_ids_BS, "gradients"):
+    with bind_batch(context, batch, "gradients"):
         tokens = token_losses(engine.module, batch)
         parts = tokens.losses * weigh(tokens)
         for task in tokens.task_ids.unique().tolist():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_medical.adapters.interop import save_adapter
+from moe_medical.adapters.folder import save_adapter
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.config.schema import Exchange
@@ -39,6 +39,7 @@ from moe_medical.training.mixing import Mixing
 from moe_medical.training.observer import Observer
 from moe_medical.training.preflight import check_context
 from moe_medical.training.router_losses import RouterLosses
+from moe_medical.training.router_paths import RouterPaths
 from moe_medical.training.run_folder import RunFolder
 from moe_medical.training.sample_sizes import mixture_sizes, task_sizes
 from moe_medical.training.schedule import learning_rate
@@ -79,8 +80,9 @@ class Trainer:
         self.engine, self.context = assemble(
             config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)
         )
-        over = config.training.balance_over
-        self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over)
+        over, names = config.training.balance_over, [task.name for task in self.tasks]
+        self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over, names)
+        self.paths = RouterPaths(config.training.router_paths, config.training.router_paths_reduce)
         self.loss = StepLoss(
             config.training.loss, self.engine, self.context, len(self.tasks), config.run.seed
         )
@@ -280,7 +282,8 @@ class Trainer:
             self._stop_at(step)
         weights = self.loss.token_weights(step, batches, counts, self.guarding.factors_T)
         look = self.observer.watch_step(step + 1)
-        sums = accumulate(self.engine, self.context, self.router_losses, batches, counts, weights, look)
+        where = (self.engine, self.context, self.router_losses)
+        sums = accumulate(*where, batches, counts, weights, look, self.paths)
         rate = learning_rate(self.config.training, step)
         norm = self.engine.step(rate)
         self.loss.observe(step, batches, counts, sums[0])

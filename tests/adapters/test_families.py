@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_medical.adapters.interop import load_adapter, save_adapter
+from moe_medical.adapters.folder import load_adapter, save_adapter
 from moe_medical.adapters.layer import LoraLinear, MoloraLinear
+from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.losses import router_gradients, routing_sums
 from moe_medical.adapters.model import (
     adapter_parameters,
@@ -137,9 +138,8 @@ def train_step(checkpointing: bool | None, coefficient: float = 0.0) -> tuple[di
         loss = model(ids, labels=ids).loss
         with torch.no_grad():
             sums = routing_sums(context.routings.values(), context.token_mask_T)
-        fraction_LE = sums.chosen_LE / sums.num_tokens
-        weight = coefficient / float(sums.num_tokens)
-        context.router_gradients = router_gradients(fraction_LE, context.routings, weight, weight)
+        weights, each = LossWeights(coefficient, coefficient), 1 / float(sums.num_tokens)
+        context.router_gradients = router_gradients(sums, context.routings, weights, each)
         loss.backward()
         routings = {name: routing.expert_ids_TK.clone() for name, routing in context.routings.items()}
     assert context.routings == {}

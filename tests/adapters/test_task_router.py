@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from moe_medical.adapters.layer import MoloraLinear
-from moe_medical.adapters.routing import RoutingContext, TaskRouter
+from moe_medical.adapters.routers import new_router
+from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import MoloraConfig, resolve_adapters
 from moe_medical.config.presets import TASK_FEATURES
 from moe_medical.config.schema import AdaptersSection
+from moe_medical.distributed.adapted_model import router_sizes
 
 D, F, EXPERTS, TASKS = 12, 20, 4, 3
 
@@ -88,9 +90,9 @@ def test_first_values_depend_on_seed_and_name_only() -> None:
 def test_parameters_are_counted_and_the_preset_stays_a_token_router() -> None:
     section = AdaptersSection(router="task", num_experts=EXPERTS)
     adapters = resolve_adapters(section, TASKS)
-    router = TaskRouter(TASKS, EXPERTS, 2)
-    assert adapters.router_sizes(D) == tuple(p.numel() for p in router.parameters())
-    assert sum(adapters.router_sizes(D)) == TASK_FEATURES * (TASKS + EXPERTS)
+    router = new_router(adapters, D, torch.Generator())
+    assert router_sizes(adapters, D) == tuple(p.numel() for p in router.parameters())
+    assert sum(router_sizes(adapters, D)) == TASK_FEATURES * (TASKS + EXPERTS)
     assert resolve_adapters(AdaptersSection(), TASKS).num_tasks == 0
     assert resolve_adapters(AdaptersSection()).router == "token"
 

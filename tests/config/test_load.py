@@ -67,7 +67,7 @@ checkpoint: {resume: maybe}
         f"{folder}/zero.json: gradient_clipping is owned by the run file's training.clip_norm. "
         "Remove it there.",
         f"{folder}/zero.json: fp16 is owned by the run file's model.dtype. Remove it there.",
-        "adapters.top_k must be at most num_experts (4), got 6.",
+        "adapters.top_k must be at most num_experts (4), or 0 for all, got 6.",
         "adapters.molora[0] must be a regular expression (missing ), unterminated subpattern at position 0), "
         "got '('.",
         "parallel.ep_size must divide adapters.num_experts (4), got 3. Try 2.",
@@ -190,7 +190,11 @@ def test_overrides_of_a_wrong_form(folder: Path) -> None:
         ("evaluation.score_rows=-1", "evaluation.score_rows must not be negative, got -1."),
         ("adapters.dropout=1", "adapters.dropout must be in [0, 1), got 1.0."),
         ("adapters.rank=0", "adapters.rank must be > 0, got 0."),
-        ("adapters.preset=mingmoe", "adapters.preset must be one of lora, ming_moe, got 'mingmoe'."),
+        (
+            "adapters.preset=mingmoe",
+            "adapters.preset must be one of adamole, hydralora, lora, lora_moe, med_moe, ming_moe, mixlora, "
+            "moelora, mola, xlora, got 'mingmoe'.",
+        ),
     ],
 )
 def test_ranges(folder: Path, override: str, line: str) -> None:

@@ -26,7 +26,7 @@ from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal,
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT, FORMAT_VERSION = "moe_medical.adapter", 2
+FORMAT, FORMAT_VERSION = "moe_medical.adapter", 3
 REQUIRED_META = ("base_model", "base_revision", "tasks", "label_sets")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
@@ -159,15 +159,15 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
     if header.get("format") != FORMAT:
         problem = Problem("format", f"must be {FORMAT!r}", header.get("format"), "Name a folder saved by us.")
         raise ConfigError(str(path), [problem])
-    if header.get("format_version") not in (1, FORMAT_VERSION):
+    if header.get("format_version") not in range(1, FORMAT_VERSION + 1):
         found = header.get("format_version")
         problem = Problem(
             "format_version", f"must be {FORMAT_VERSION}", found, "Install a newer moe_medical."
         )
         raise ConfigError(str(path), [problem])
     config, meta = _object(header.get("config")), _object(header.get("meta"))
-    if header["format_version"] == 1:  # it had token routers only
-        config = {"router": "token", "num_tasks": 0} | config
+    if header["format_version"] < FORMAT_VERSION:  # what is not there did not exist: it has its default
+        config = asdict(MoloraConfig()) | config
     problems = _key_problems("", header, {"format", "format_version", "config", "meta"})
     problems += _config_problems(config) + _meta_problems(meta)
     if problems:
@@ -198,7 +198,8 @@ def _key_problems(prefix: str, given: dict[str, Any], known: set[str]) -> list[P
 def _same_type(value: Any, default: Any) -> bool:
     """JSON has no tuples and may write 32.0 as 32; True is no number."""
     if isinstance(default, tuple):
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        of_kind = (str, int) if not default else (type(default[0]),)
+        return isinstance(value, list | tuple) and all(isinstance(item, of_kind) for item in value)
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_medical.adapters import interop
-from moe_medical.adapters.interop import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from moe_medical.adapters import folder as files
+from moe_medical.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, DataError, SecurityRefusal, StorageError
 
@@ -70,7 +70,7 @@ def test_a_failed_save_leaves_the_old_adapter_and_no_rubbish(folder: Path, monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for target, attribute in ((interop, "save_file"), (interop, "_fsync")):
+    for target, attribute in ((files, "save_file"), (files, "_fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(target, attribute, full)
             with pytest.raises(StorageError, match="No space left"):
@@ -127,8 +127,8 @@ def test_damaged_files_are_data_errors(folder: Path):
 
 
 def test_unknown_version_and_foreign_documents_are_refused(folder: Path):
-    edit(folder, lambda d: d.update(format_version=3))
-    with pytest.raises(ConfigError, match="format_version must be 2, got 3"):
+    edit(folder, lambda d: d.update(format_version=4))
+    with pytest.raises(ConfigError, match="format_version must be 3, got 4"):
         load_adapter(folder)
     (folder / CONFIG_FILE).write_text('{"peft_type": "LORA"}')
     with pytest.raises(ConfigError, match=r"format must be 'moe_medical.adapter'"):

@@ -1,0 +1,87 @@
+"""X-LoRA (arXiv 2402.07148): gates of every layer from the last hidden state of a pass without adapters.
+
+Two forward passes: the base alone, without gradient, then the adapted model with the gates that a linear
+classifier makes of what the first one saw. The first runs in a hook before the model's own forward, so
+nobody has to call the model in another way; it needs the whole text, hence no KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_medical.adapters.layer import AdapterModule
+from moe_medical.adapters.routers import Choice, linear_float32
+from moe_medical.adapters.routing import RoutingContext
+from moe_medical.config.presets import MoloraConfig
+
+CLASSIFIER = "xlora_classifier"
+
+
+class XLoraClassifier(AdapterModule):
+    """s = softmax(W h + b) for each token and layer.
+
+    Args:
+        hidden: Size of h.
+        layers: Routed layers, in order; with `router_scope: model` they share one s.
+        config: Number of experts, temperature, top-k.
+        seed: The run's seed.
+        context: Takes the gates to the layers.
+    """
+
+    def __init__(
+        self, hidden: int, layers: Sequence[str], config: MoloraConfig, seed: int, context: RoutingContext
+    ):
+        super().__init__(CLASSIFIER, seed, context)
+        self._layers, self._choice = tuple(layers), Choice.of(config)
+        self._experts, self._temperature = config.num_experts, config.temperature
+        self._depth = 1 if config.router_scope == "model" else len(self._layers)
+        bound, rows = hidden**-0.5, self._depth * config.num_experts
+        generator = self.new_generator()
+        self.weight = nn.Parameter(torch.empty(rows, hidden).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(rows).uniform_(-bound, bound, generator=generator))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    def forward(self, hidden_TD: Tensor) -> dict[str, Tensor]:
+        """Layer -> (T, E) gates."""
+        logits_TLE = linear_float32(hidden_TD, self.weight, self.bias).unflatten(-1, (-1, self._experts))
+        routing = self._choice.routing((logits_TLE / self._temperature).flatten(0, 1), self.training)
+        gates = torch.zeros_like(routing.probs_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)
+        gates_TLE = gates.unflatten(0, (-1, self._depth))
+        return {name: gates_TLE[:, i % self._depth] for i, name in enumerate(self._layers)}
+
+    def look_ahead(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first pass; a hook before the model's forward."""
+        if self.context.adapters_off:
+            return
+        _refuse_cache(kwargs)
+        with self.context.without_adapters(), torch.no_grad():
+            seen = model.base_model(*args, **_inputs(kwargs), use_cache=False)  # type: ignore[operator]
+        hidden_BSD = seen.last_hidden_state
+        self.context.scalings = self(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
+
+
+def attach_classifier(
+    model: nn.Module, layers: Sequence[str], config: MoloraConfig, seed: int, context: RoutingContext
+) -> None:
+    """Put the classifier into a causal LM of transformers and hook it before the model's forward."""
+    hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    classifier = XLoraClassifier(hidden, layers, config, seed, context)
+    model.add_module(CLASSIFIER, classifier.to(next(model.parameters()).device))
+    model.register_forward_pre_hook(classifier.look_ahead, with_kwargs=True)
+
+
+def _inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _refuse_cache(kwargs: Mapping[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise RuntimeError("X-LoRA decides from the whole text: generate with use_cache=False")

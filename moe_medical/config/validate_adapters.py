@@ -1,0 +1,194 @@
+"""Adapter settings that contradict each other, or what they run on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moe_medical.config.deepspeed_keys import zero_stage
+from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
+from moe_medical.config.schema import AdaptersSection, RunConfig
+from moe_medical.config.validate_parallel import expert_parallel_problems
+from moe_medical.errors import ConfigError, Problem
+
+_COEFFICIENTS = ("balance", "z", "entropy", "divergence", "localized")
+
+
+def adapter_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every rule that the adapters of a run break."""
+    section = config.adapters
+    if section.preset not in PRESETS:
+        yield Problem("adapters.preset", f"must be one of {', '.join(sorted(PRESETS))}", section.preset)
+        return
+    adapters = resolve_adapters(section)
+    ranges = list(_ranges(adapters))
+    yield from ranges
+    for key in ("molora", "lora"):
+        yield from _patterns(f"adapters.{key}", getattr(adapters, key))
+    if not ranges:  # what follows divides by them
+        yield from _routers(adapters)
+        yield from _experts(adapters)
+        yield from _sources(section, adapters)
+        yield from _losses(adapters)
+        yield from _engine(config, adapters)
+    yield from expert_parallel_problems(config.parallel, adapters)
+
+
+def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
+    """Check `unknown_task` once the tasks are known.
+
+    Raises:
+        ConfigError: It is no rule and no task of the mixture.
+    """
+    if adapters.unknown_task not in ("mean", "refuse", *tasks):
+        rule = "must be `mean`, `refuse` or a task of the mixture"
+        fix = f"Tasks there: {', '.join(tasks)}."
+        raise ConfigError("adapters", [Problem("adapters.unknown_task", rule, adapters.unknown_task, fix)])
+
+
+def _ranges(a: MoloraConfig) -> Iterator[Problem]:
+    for key in ("num_experts", "rank", "alpha", "temperature", "groups"):
+        yield from _rule(f"adapters.{key}", getattr(a, key), getattr(a, key) > 0, "must be > 0")
+    bands = a.experts_per_layer
+    yield from _rule("adapters.experts_per_layer", list(bands), all(n > 0 for n in bands), "must be > 0")
+    fewest = min(bands, default=a.num_experts)
+    rule = (
+        f"must be at most num_experts ({fewest}), or 0 for all" if not bands else f"must be at most {fewest}"
+    )
+    yield from _rule("adapters.top_k", a.top_k, 0 <= a.top_k <= fewest, rule)
+    for key in ("dropout", "jitter", "localized_delta"):
+        yield from _rule(f"adapters.{key}", getattr(a, key), 0 <= getattr(a, key) < 1, "must be in [0, 1)")
+    keys = ("init_std", "shared_experts", *(f"{name}_coefficient" for name in _COEFFICIENTS))
+    for key in keys:
+        value = getattr(a, key)
+        yield from _rule(f"adapters.{key}", value, 0 <= value < math.inf, "must not be negative")
+
+
+def _routers(a: MoloraConfig) -> Iterator[Problem]:
+    grouped = a.router == "hierarchical"
+    if grouped and (a.groups < 2 or any(n % a.groups for n in a.experts_per_layer or (a.num_experts,))):
+        rule = f"must be at least 2 and divide num_experts ({a.num_experts}) under a hierarchical router"
+        yield Problem("adapters.groups", rule, a.groups)
+    if not grouped and a.groups > 1:
+        yield Problem("adapters.groups", f"must be 1 under a {a.router} router", a.groups)
+    if a.router_scope == "model" and a.experts_per_layer:
+        rule = "must not be `model` where the number of experts differs by layer"
+        yield Problem("adapters.router_scope", rule, a.router_scope)
+    if a.router == "xlora" and a.router_scope not in ("module", "model"):
+        rule = "must be `module` or `model` under X-LoRA, whose classifier decides for all layers"
+        yield Problem("adapters.router_scope", rule, a.router_scope)
+    if a.router in ("task", "xlora") and a.jitter:
+        rule = f"must be 0 under a {a.router} router, which has no input of its own"
+        yield Problem("adapters.jitter", rule, a.jitter)
+    if a.selection == "sample" and a.active() == a.max_experts:
+        rule = "must be `top_k` where every expert is used: there is nothing to draw"
+        yield Problem("adapters.selection", rule, a.selection)
+
+
+def _experts(a: MoloraConfig) -> Iterator[Problem]:
+    uneven = [n for n in a.experts_per_layer or (a.num_experts,) if a.rank % n]
+    if a.rank_split and uneven:
+        rule = f"must be a multiple of num_experts ({uneven[0]}), over which rank_split spreads it"
+        near = max(uneven[0], round(a.rank / uneven[0]) * uneven[0])
+        yield Problem("adapters.rank", rule, a.rank, f"Try {near}.")
+    if a.shared_a and (a.rank_split or a.experts != "linear"):
+        yield Problem(
+            "adapters.shared_a", "must be false with rank_split, and with whole blocks as experts", True
+        )
+    if a.experts == "block" and a.shared_experts:
+        rule = "must be 0 with `experts: block`: a shared expert is for single linears or full copies"
+        yield Problem("adapters.shared_experts", rule, a.shared_experts)
+    if a.experts != "linear" and a.router == "xlora":
+        yield Problem("adapters.experts", "must be `linear` under X-LoRA", a.experts)
+    if a.learn_shared_weight and not a.shared_experts:
+        rule = "must be false without shared_experts: there is no weight to learn"
+        yield Problem("adapters.learn_shared_weight", rule, True)
+    if a.dora and not a.lora:
+        rule = (
+            "must be false without plain LoRA layers (adapters.lora): a gate would change the norm by token"
+        )
+        yield Problem("adapters.dora", rule, True)
+
+
+def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
+    """Where routers and experts start from."""
+    if a.freeze_router and not section.router_from:
+        rule = "must come with adapters.router_from: a router that nobody fitted would stay random"
+        fix = "Fit one with `moe-medical router fit`, or set adapters.freeze_router to false."
+        yield Problem("adapters.freeze_router", rule, True, fix)
+    if section.router_from and a.router not in ("token", "sequence"):
+        rule = f"must be left out under a {a.router} router: what is fitted is a token or sequence router"
+        yield Problem("adapters.router_from", rule, section.router_from)
+    folders = section.experts_from or []
+    if a.freeze_experts and not folders:
+        rule = "must come with adapters.experts_from: experts that nobody trained would stay zero"
+        fix = "Name one adapter folder for each expert."
+        yield Problem("adapters.freeze_experts", rule, True, fix)
+    if len(folders) not in (0, 1, a.num_experts) or (len(folders) == 1 and a.freeze_experts):
+        rule = f"must name one adapter that all copy, or {a.num_experts}, one for each expert"
+        yield Problem("adapters.experts_from", rule, len(folders))
+    if folders and a.experts == "ffn":
+        yield Problem("adapters.experts_from", "must be left out with `experts: ffn`", list(folders))
+    paths = [*folders, *([section.router_from] if section.router_from else [])]
+    for path in paths:
+        if not Path(path).is_dir():
+            yield Problem("adapters", "must name existing folders, relative to the run file", path)
+
+
+def _losses(a: MoloraConfig) -> Iterator[Problem]:
+    active = [name for name in _COEFFICIENTS if getattr(a, f"{name}_coefficient")]
+    if a.router == "xlora":
+        for name in active:
+            yield Problem(
+                f"adapters.{name}_coefficient", "must be 0 under X-LoRA, which routes no token", name
+            )
+    if "localized" in active and not a.localized_tasks:
+        rule = "must name the tasks of the first kind for the localized balance"
+        yield Problem("adapters.localized_tasks", rule, [])
+    if "localized" in active and any(n % 2 for n in a.experts_per_layer or (a.num_experts,)):
+        yield Problem("adapters.num_experts", "must be even: each kind of task has half", a.num_experts)
+
+
+def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
+    """What the engine cannot do with these adapters."""
+    parallel = config.parallel
+    lends = bool(a.molora) and (a.router_scope == "model" or a.router == "xlora")
+    if lends and config.training.activation_checkpointing == "reentrant":
+        rule = "must not be `reentrant` with a router for the whole model: its gradient would come in parts"
+        yield Problem("training.activation_checkpointing", rule, "reentrant", "Use non_reentrant.")
+    whole = {
+        "experts: ffn": a.experts == "ffn",
+        "dora": a.dora,
+        "router: xlora": a.router == "xlora",
+        "router_scope: model": bool(a.molora) and a.router_scope == "model",
+    }
+    for what in (key for key, used in whole.items() if used and _stage(parallel.deepspeed) == 3):
+        yield Problem("parallel.deepspeed", f"must be below ZeRO-3 with adapters.{what}", 3, "Use ZeRO-2.")
+    spread = {"experts: " + a.experts: a.experts != "linear", "shared_a": a.shared_a}
+    spread |= {"experts_per_layer": bool(a.experts_per_layer), "router: xlora": a.router == "xlora"}
+    for what in (key for key, used in spread.items() if used and a.molora and parallel.ep_size > 1):
+        yield Problem("parallel.ep_size", f"must be 1 with adapters.{what}", parallel.ep_size)
+
+
+def _stage(path: str) -> int:
+    """Of a DeepSpeed JSON; 0 where it cannot be read, which is told elsewhere."""
+    try:
+        return zero_stage(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return 0
+
+
+def _patterns(key: str, patterns: tuple[str, ...]) -> Iterator[Problem]:
+    for i, pattern in enumerate(patterns):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            yield Problem(f"{key}[{i}]", f"must be a regular expression ({e})", pattern)
+
+
+def _rule(key: str, value: object, holds: bool, rule: str) -> Iterator[Problem]:
+    if not holds:
+        yield Problem(key, rule, value)
