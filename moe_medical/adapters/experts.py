@@ -10,7 +10,8 @@ alone, which is small while H is small against D and F. With an A that all exper
 
 The gradient is written out because autograd would keep too much for backward: a float mask and the dropped
 input of every adapter, and copies of A and B in the compute dtype. Kept here are only the layer's input (by
-reference; its neighbours and the router share it), the hidden units, the gate and the parameters. The mask
+reference; its neighbours and the router share it), the hidden units (with `add_chosen` only those of the
+chosen experts: the others meet a gate of 0 and no gradient), the gate and the parameters. The mask
 of dropout is drawn again in backward from the state that the generator had: that takes less time than one
 Bernoulli draw of torch on CPU, and nothing is kept.
 
@@ -35,8 +36,7 @@ from moe_medical.adapters.routing import Routing
 
 def dense_gate(routing: Routing) -> Tensor:
     """(T, E) float32: the gate of each expert, 0 where it was not chosen."""
-    zeros_TE = torch.zeros_like(routing.logits_TE)
-    return zeros_TE.scatter(-1, routing.expert_ids_TK, routing.weights_TK)
+    return spread_gate(routing.weights_TK, routing.expert_ids_TK, routing.logits_TE.shape[-1])
 
 
 def add_low_rank(
@@ -70,7 +70,33 @@ def add_low_rank(
         Shape and dtype of y; the same memory where it was overwritten.
     """
     overwrite = overwrite and may_overwrite(y_TF)
-    inputs = (y_TF, x_TD, lora_A, lora_B, gate_TE, exchange, scaling, dropout, overwrite)
+    inputs = (y_TF, x_TD, lora_A, lora_B, gate_TE, None, exchange, scaling, dropout, overwrite)
+    result: Tensor = _AddLowRank.apply(*inputs)
+    return result
+
+
+def add_chosen(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    exchange: WeightExchange | None = None,
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """`add_low_rank` with the gate of a routing, of which only the chosen experts' hidden units are kept.
+
+    Args:
+        y, x, lora_A, lora_B, scaling, dropout, exchange, overwrite: See `add_low_rank`.
+        expert_ids_TK: int64, no expert twice in a row.
+        weights_TK: Gate of each chosen expert.
+    """
+    overwrite = overwrite and may_overwrite(y)
+    inputs = (y, x, lora_A, lora_B, weights_TK, expert_ids_TK, exchange, scaling, dropout, overwrite)
     result: Tensor = _AddLowRank.apply(*inputs)
     return result
 
@@ -119,7 +145,10 @@ def _default_generator(device: torch.device) -> torch.Generator:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """The concat path with its gradient; H = E * rank, and `scale` holds the growth under dropout too."""
+    """The concat path with its gradient; `scale` holds the growth under dropout too.
+
+    `gate` is (T, E); with `ids_TK` it is (T, K), and of the hidden units the chosen experts' are kept.
+    """
 
     @staticmethod
     def forward(
@@ -128,7 +157,8 @@ class _AddLowRank(torch.autograd.Function):
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        gate_TE: Tensor | None,
+        gate: Tensor | None,
+        ids_TK: Tensor | None,
         exchange: WeightExchange | None,
         scaling: float,
         dropout: float,
@@ -144,10 +174,10 @@ class _AddLowRank(torch.autograd.Function):
         ctx.dtype, ctx.exchange = y.dtype, exchange
         with torch.autocast(y.device.type, enabled=False):
             all_A, all_B = exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B)
-            units = _Units(all_A, all_B, gate_TE, ctx.scale, y.dtype)
+            units = _Units(all_A, all_B, gate, ids_TK, ctx.scale, y.dtype)
             hidden_Th = _rows(masked(x, mask, y.dtype)) @ units.flat_A.t()
             kept = (all_A, all_B) if exchange and exchange.keep else ()
-            ctx.save_for_backward(x, lora_A, lora_B, gate_TE, kept_mask, hidden_Th, *kept)
+            ctx.save_for_backward(x, lora_A, lora_B, gate, ids_TK, kept_mask, units.chosen(hidden_Th), *kept)
             gated_TH, B_HF = units.gated(hidden_Th), units.flat_B.t()
             if not overwrite:
                 return _rows(y).addmm(gated_TH, B_HF).view(y.shape)
@@ -158,14 +188,15 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate_TE, mask, hidden_Th, *kept = ctx.saved_tensors
+        x, lora_A, lora_B, gate, ids_TK, mask, hidden, *kept = ctx.saved_tensors
         _, wants_x, wants_A, wants_B, wants_gate, *_ = ctx.needs_input_grad
         mask = ctx.replay.mask(x, again=True) if ctx.replay else mask
         grad_TF, exchange = _rows(grad_y), ctx.exchange
         grad_x = grad_A = grad_B = grad_gate = summed = None
         with torch.autocast(grad_y.device.type, enabled=False):
             all_A, all_B = kept or (exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B))
-            units = _Units(all_A, all_B, gate_TE, ctx.scale, ctx.dtype)
+            units = _Units(all_A, all_B, gate, ids_TK, ctx.scale, ctx.dtype)
+            hidden_Th = units.spread(hidden)
             grad_gated_TH = grad_TF @ units.flat_B
             grad_hidden_Th = units.ungated(grad_gated_TH)
             if wants_A or exchange:
@@ -178,23 +209,38 @@ class _AddLowRank(torch.autograd.Function):
             if wants_gate:
                 grad_gate = units.grad_gate(grad_gated_TH, hidden_Th)
             if wants_x:
-                grad_x = masked((grad_hidden_Th @ units.flat_A).view(x.shape), mask, x.dtype)
+                # In the shape of x without a view: autograd adds gradients in place only to a sole owner.
+                grad_hidden = grad_hidden_Th.view(*x.shape[:-1], grad_hidden_Th.shape[-1])
+                grad_x = grad_hidden @ units.flat_A
+                grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
         grad_A, grad_B = summed.wait() if summed else (grad_A, grad_B)
-        return grad_y, grad_x, grad_A, grad_B, grad_gate, None, None, None, None
+        return grad_y, grad_x, grad_A, grad_B, grad_gate, None, None, None, None, None
 
 
 class _Units:
-    """All experts of a layer as one LoRA: H hidden units, each of one expert; h = H, or rank where A is shared.
+    """All experts of a layer as one LoRA of H hidden units; h = H, or rank where A is shared.
 
     Weights are in the compute dtype; a gate times the scale is rounded once.
     """
 
-    def __init__(self, all_A: Tensor, all_B: Tensor, gate_TE: Tensor | None, scale: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        all_A: Tensor,
+        all_B: Tensor,
+        gate: Tensor | None,
+        ids_TK: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ):
         experts = len(all_B) if all_B.dim() == 3 else 1
-        assert gate_TE is None or gate_TE.shape[1] == experts, "a shard of experts needs an exchange"
-        self._shared_A = gate_TE is not None and all_A.dim() < all_B.dim()
-        self._experts, self._scale, self._gate_TE, self._B_shape = experts, scale, gate_TE, all_B.shape
-        self._weight_TE1 = None if gate_TE is None else (gate_TE * scale).to(dtype).unsqueeze(-1)
+        self._shared_A = all_A.dim() < all_B.dim()
+        self._experts, self._scale, self._ids_TK, self._B_shape = experts, scale, ids_TK, all_B.shape
+        assert gate is not None or not self._shared_A, "experts that share A differ by their gates"
+        self._weight_TE1 = self._gate_dtype = None
+        if gate is not None:
+            gate_TE = gate if ids_TK is None else spread_gate(gate, ids_TK, experts)
+            assert gate_TE.shape[1] == experts, "a shard of experts needs an exchange"
+            self._weight_TE1, self._gate_dtype = (gate_TE * scale).to(dtype).unsqueeze(-1), gate.dtype
         self.flat_A = all_A.to(dtype).reshape(-1, all_A.shape[-1])
         """(h, D)"""
         self.flat_B = all_B.to(dtype).movedim(-2, 0).reshape(all_B.shape[-2], -1)
@@ -214,10 +260,25 @@ class _Units:
         return grad_TEr.sum(1) if self._shared_A else grad_TEr.flatten(1)
 
     def grad_gate(self, grad_gated_TH: Tensor, hidden_Th: Tensor) -> Tensor:
-        """(T, E) in the gate's dtype."""
-        assert self._gate_TE is not None
+        """(T, E) or (T, K) in the gate's dtype."""
         per_unit = grad_gated_TH.unflatten(-1, (self._experts, -1)) * self._per_expert(hidden_Th)
-        return per_unit.sum(-1, dtype=self._gate_TE.dtype) * self._scale
+        grad_TE = per_unit.sum(-1, dtype=self._gate_dtype) * self._scale
+        return grad_TE if self._ids_TK is None else grad_TE.gather(1, self._ids_TK)
+
+    def chosen(self, hidden_Th: Tensor) -> Tensor:
+        """What backward needs of the units: (T, K, rank), those of chosen experts."""
+        if self._ids_TK is None or self._shared_A:
+            return hidden_Th
+        units_TEr = self._per_expert(hidden_Th)
+        return units_TEr.gather(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, units_TEr.shape[-1]))
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """Undo `chosen`, with 0 for the others: (T, h)."""
+        if self._ids_TK is None or self._shared_A:
+            return hidden
+        rank = hidden.shape[-1]
+        units_TEr = hidden.new_zeros(len(hidden), self._experts, rank)
+        return units_TEr.scatter_(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, rank), hidden).flatten(1)
 
     def stacked_B(self, grad_HF: Tensor) -> Tensor:
         """(H, F) -> the shape of B."""
@@ -226,6 +287,12 @@ class _Units:
 
     def _per_expert(self, hidden_Th: Tensor) -> Tensor:
         return hidden_Th.unsqueeze(1) if self._shared_A else hidden_Th.unflatten(-1, (self._experts, -1))
+
+
+def spread_gate(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
+    """(T, E): 0 where an expert was not chosen."""
+    zeros_TE = weights_TK.new_zeros(len(weights_TK), num_experts)
+    return zeros_TE.scatter(-1, ids_TK, weights_TK)
 
 
 def masked(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

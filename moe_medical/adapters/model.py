@@ -185,6 +185,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of `adapter_parameters` that the settings freeze."""
+    return {name: p for name, p in adapter_parameters(model).items() if not p.requires_grad}
+
+
 def routed_layers(model: nn.Module) -> dict[str, MoloraLinear]:
     """Full name -> linear layer with routed experts, in the order of the model's modules."""
     return {m.name: m for m in adapter_modules(model) if isinstance(m, MoloraLinear)}

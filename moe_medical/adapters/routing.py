@@ -165,6 +165,16 @@ class RoutingContext:
             self._release()
 
     @contextmanager
+    def bind_sequences(self, sequences: Sequences) -> Iterator[RoutingContext]:
+        """Bind nothing but samples and their prompts; nothing is recorded."""
+        self._refuse_second()
+        self.sequences = sequences
+        try:
+            yield self
+        finally:
+            self._release()
+
+    @contextmanager
     def without_adapters(self) -> Iterator[None]:
         """Let the base model run alone."""
         before, self.adapters_off = self.adapters_off, True

@@ -76,6 +76,11 @@ def attach_classifier(
     model.register_forward_pre_hook(classifier.look_ahead, with_kwargs=True)
 
 
+def needs_whole_text(model: nn.Module) -> bool:
+    """Whether every forward pass must see the text from its start, so that no KV cache helps."""
+    return any(isinstance(module, XLoraClassifier) for module in model.modules())
+
+
 def _inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}

@@ -169,6 +169,11 @@ def _anchor_paths(config: RunConfig, base: Path) -> None:
     seesaw = config.tracking.seesaw
     if seesaw.reference:
         seesaw.reference = str((base / seesaw.reference).resolve())
+    adapters = config.adapters
+    if adapters.router_from:
+        adapters.router_from = str((base / adapters.router_from).resolve())
+    if adapters.experts_from:
+        adapters.experts_from = [str((base / folder).resolve()) for folder in adapters.experts_from]
     local = base / config.model.name
     if config.model.name.startswith((".", "/")) or local.is_dir():
         config.model.name = str(local.resolve())

@@ -83,6 +83,8 @@ def _routers(a: MoloraConfig) -> Iterator[Problem]:
     if a.router in ("task", "xlora") and a.jitter:
         rule = f"must be 0 under a {a.router} router, which has no input of its own"
         yield Problem("adapters.jitter", rule, a.jitter)
+    if a.router == "threshold" and a.active() != a.max_experts:
+        yield Problem("adapters.top_k", "must be 0 under a threshold router, which sets their number", a.top_k)
     if a.selection == "sample" and a.active() == a.max_experts:
         rule = "must be `top_k` where every expert is used: there is nothing to draw"
         yield Problem("adapters.selection", rule, a.selection)
@@ -161,14 +163,17 @@ def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
         yield Problem("training.activation_checkpointing", rule, "reentrant", "Use non_reentrant.")
     whole = {
         "experts: ffn": a.experts == "ffn",
-        "dora": a.dora,
+        "dora: true": a.dora,
         "router: xlora": a.router == "xlora",
+        "freeze_router: true": a.freeze_router,
+        "freeze_experts: true": a.freeze_experts,
         "router_scope: model": bool(a.molora) and a.router_scope == "model",
     }
     for what in (key for key, used in whole.items() if used and _stage(parallel.deepspeed) == 3):
         yield Problem("parallel.deepspeed", f"must be below ZeRO-3 with adapters.{what}", 3, "Use ZeRO-2.")
     spread = {"experts: " + a.experts: a.experts != "linear", "shared_a": a.shared_a}
     spread |= {"experts_per_layer": bool(a.experts_per_layer), "router: xlora": a.router == "xlora"}
+    spread |= {"freeze_experts": a.freeze_experts}
     for what in (key for key, used in spread.items() if used and a.molora and parallel.ep_size > 1):
         yield Problem("parallel.ep_size", f"must be 1 with adapters.{what}", parallel.ep_size)
 

@@ -1,4 +1,4 @@
-"""Rules of all losses that types cannot say: `training.loss`, the routers', and those of several paths.
+"""Rules of `training.loss` and of several paths that types cannot say; layouts that can tell gradients apart.
 
 Gradients of single tasks are found by several backward passes over one graph, as many as the micro-batch has
 tasks. What is refused here was seen to fail with torch 2.13 and DeepSpeed 0.19.8; each rule says how.
@@ -37,9 +37,7 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
     if config.data.mix.dynamic.rule == "doge":
         yield from task_gradient_problems(config, "data.mix.dynamic.rule", "doge")
     if config.adapters.preset in PRESETS:
-        adapters = resolve_adapters(config.adapters)
-        yield from _router_loss_problems(adapters)
-        yield from _router_path_problems(config, adapters)
+        yield from _router_path_problems(config, resolve_adapters(config.adapters))
 
 
 def task_gradient_problems(config: RunConfig, key: str, value: str) -> Iterator[Problem]:
@@ -72,38 +70,20 @@ def _surgery_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key, rule, loss.surgery, f'Run: pip install "{package}".')
 
 
-def _router_loss_problems(adapters: MoloraConfig) -> Iterator[Problem]:
-    for name in ("balance", "z", "entropy", "divergence", "localized"):
-        value = getattr(adapters, f"{name}_coefficient")
-        if not 0 <= value < math.inf:
-            yield Problem(f"adapters.{name}_coefficient", "must be finite and not negative", value)
-        if value and adapters.router == "xlora":
-            rule = "must be 0 with X-LoRA: its gates come from one classifier, not from a router's logits"
-            yield Problem(f"adapters.{name}_coefficient", rule, value)
-    if not 0 <= adapters.localized_delta <= 1:
-        yield Problem("adapters.localized_delta", "must be in [0, 1]", adapters.localized_delta)
-
-
 def _router_path_problems(config: RunConfig, adapters: MoloraConfig) -> Iterator[Problem]:
     key, training = "training.router_paths", config.training
     if training.router_paths < 1:
         yield Problem(key, "must be at least 1", training.router_paths)
     if training.router_paths <= 1:
         return
-    if not _paths_differ(adapters):
+    if not (adapters.molora and (adapters.selection == "sample" or adapters.jitter)):
         rule = "must be 1 where each pass would choose the same experts"
-        fix = "Set adapters.selection=sample with top_k below the number of experts, or adapters.jitter."
+        fix = "Set adapters.selection=sample, or adapters.jitter."
         yield Problem(key, rule, training.router_paths, fix)
     for other, one in (("surgery", training.loss.surgery), ("task_weights", training.loss.task_weights)):
         if one not in ("none", "dwa", "uncertainty"):
             rule = f"must be 1 with training.loss.{other}={one}, which looks at one pass only"
             yield Problem(key, rule, training.router_paths, f"Set training.loss.{other}=none.")
-
-
-def _paths_differ(adapters: MoloraConfig) -> bool:
-    sampled = adapters.selection == "sample" and adapters.active() < adapters.max_experts
-    shaken = adapters.jitter > 0 and adapters.router not in ("task", "xlora")  # which do not see the input
-    return bool(adapters.molora) and (sampled or shaken)
 
 
 def _zero_stage(config: RunConfig) -> int:

@@ -61,6 +61,11 @@ class Batch:
         return replace(self, **tensors)
 
     @property
+    def prompt_mask_BS(self) -> torch.Tensor:
+        """True on the tokens of prompts."""
+        return self.token_mask_BS & (self.labels_BS == IGNORE)
+
+    @property
     def num_tokens(self) -> int:
         return int(self.token_mask_BS.sum())
 

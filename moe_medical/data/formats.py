@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from moe_medical.data.chat_template import (
     PLAIN_TEMPLATE,
@@ -74,9 +75,9 @@ class ChatFormat:
     """The token format of one base model. Make it with `from_folder`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, frame: _Frame, pad_id: int, end_id: int, max_length: int
+        self, folder: Path, tokenizer: Tokenizer, frame: _Frame, pad_id: int, end_id: int, max_length: int
     ) -> None:
-        self._tokenizer, self._frame = tokenizer, frame
+        self._folder, self._tokenizer, self._frame = folder, tokenizer, frame
         self.pad_id, self.end_id, self.max_length = pad_id, end_id, max_length
         self._footer_ids = self._ids(frame.footer)
         overhead = len(self._ids(frame.header)) + len(self._footer_ids)
@@ -98,14 +99,10 @@ class ChatFormat:
         """
         tokenizer = _read_tokenizer(folder)
         special = read_special_tokens(folder)
-        bos = special.get("bos_token")
-        leading = bos if bos and tokenizer.encode("a").tokens[:1] == [bos] else ""
-        variables = {**special, "leading_token": leading}
-        render = compile_template(folder, read_template(folder) or PLAIN_TEMPLATE, variables)
-        frame = _read_frame(folder, render, system_prompt)
+        frame = _read_frame(folder, _read_render(folder, tokenizer, special), system_prompt)
         frame, end_id = _end_turn(folder, tokenizer, frame, special)
         pad_id = tokenizer.token_to_id(special.get("pad_token") or "")
-        chat = cls(tokenizer, frame, end_id if pad_id is None else pad_id, end_id, max_length)
+        chat = cls(folder, tokenizer, frame, end_id if pad_id is None else pad_id, end_id, max_length)
         if chat.max_target_tokens < 1:
             rule = f"must exceed the {max_length - chat.max_target_tokens} tokens of the chat template"
             raise _error(folder, "data.max_length", rule, max_length)
@@ -180,10 +177,35 @@ class ChatFormat:
         """
         return self._prompt_ids(prompt.strip(), reserve)[0]
 
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens that the next answer of a longer chat starts from; nothing is cut.
+
+        Args:
+            messages: `role` and `content` of each; the system prompt is one of them, if there is to be one.
+
+        Raises:
+            ConfigError: the model's chat template refuses them.
+        """
+        return self._ids(self._render([m | {"content": m["content"].strip()} for m in messages], True))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of a text that is no chat, with what the tokenizer itself puts around it."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without the special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def decode_stream(self) -> Callable[[int], str]:
+        """Of one text: a function from its next token to the characters that are now complete."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token) or ""
+
+    @cached_property
+    def _render(self) -> Render:
+        return _read_render(self._folder, self._tokenizer, read_special_tokens(self._folder))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -241,6 +263,13 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _read_render(folder: Path, tokenizer: Tokenizer, special: dict[str, Any]) -> Render:
+    bos = special.get("bos_token")
+    leading = bos if bos and tokenizer.encode("a").tokens[:1] == [bos] else ""
+    variables = {**special, "leading_token": leading}
+    return compile_template(folder, read_template(folder) or PLAIN_TEMPLATE, variables)
 
 
 def _read_frame(folder: Path, render: Render, system_prompt: str | None) -> _Frame:

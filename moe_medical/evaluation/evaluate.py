@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.xlora import needs_whole_text
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
 from moe_medical.data.formats import ChatFormat, Encoded
@@ -26,7 +27,7 @@ from moe_medical.data.rows import Example
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.choices import answer_options, encode_options, likeliest
-from moe_medical.evaluation.generate import generate_ids
+from moe_medical.evaluation.generate import generate_ids, pad_left
 from moe_medical.evaluation.metric import Answers
 from moe_medical.evaluation.metrics import all_scores
 from moe_medical.evaluation.objective import row_sums, token_losses
@@ -207,9 +208,9 @@ class Evaluator:
 
     def _row_sums(self, model: nn.Module, encoded: Sequence[Encoded], rows: Sequence[_Row]) -> np.ndarray:
         """Summed loss and target tokens of samples, each of which is of one of the rows."""
-        batch = collate(encoded, [row.task for row in rows], self._chat.pad_id)
-        with self._context.bind_tasks(self._task_ids(rows)):
-            tokens = token_losses(model, batch.to(self._topology.device))
+        batch = collate(encoded, [row.task for row in rows], self._chat.pad_id).to(self._topology.device)
+        with self._context.bind_tasks(self._task_ids(rows), batch.prompt_mask_BS):
+            tokens = token_losses(model, batch)
         return row_sums(tokens, len(encoded))
 
     # Scores
@@ -223,8 +224,10 @@ class Evaluator:
         width = self._section.max_new_tokens
         for rows, _ in self._dealt(self._open):
             prompts = [self._chat.encode_prompt(r.example.prompt) for r in rows]
-            with self._context.bind_tasks(self._task_ids(rows)):
-                made = generate_ids(model, prompts, self._chat, width, self._topology.device, self._synced)
+            where, cached = (self._chat, width, self._topology.device), not needs_whole_text(model)
+            _, prompt_mask_BS = pad_left(prompts, self._chat.pad_id, self._topology.device)
+            with self._context.bind_tasks(self._task_ids(rows), prompt_mask_BS):
+                made = generate_ids(model, prompts, *where, self._synced, cached)
             ids.append(nn.functional.pad(made, (0, 0, 0, self._section.batch_rows - len(made)), value=-1))
             advance()
         if not ids:

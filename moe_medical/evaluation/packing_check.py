@@ -9,12 +9,17 @@ A model that takes no notice of positions, or that refuses them, is told by its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
 from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.data.formats import Encoded
 from moe_medical.evaluation.objective import run_model
+
+Bind = Callable[[Batch], AbstractContextManager[object]]
 
 _LENGTHS = (7, 5, 9)
 _LEAK = 1e-3
@@ -24,15 +29,22 @@ _SAME_ROUNDED = 0.05
 
 
 @torch.no_grad()
-def why_not_packed(model: nn.Module, device: torch.device) -> str | None:
+def why_not_packed(
+    model: nn.Module, device: torch.device, bind: Bind = lambda _: nullcontext()
+) -> str | None:
     """None where packed rows give the logits of separate ones, else the reason.
 
     Collective where the model's forward pass is: every rank must call. Leaves dropout as it was.
+
+    Args:
+        model: A causal LM.
+        device: Its.
+        bind: Tells the model what it needs to know of a batch.
     """
     was_training = model.training
     model.eval()
     try:
-        leak, difference = _leak_and_difference(model, device)
+        leak, difference = _leak_and_difference(model, device, bind)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError) as e:
@@ -46,12 +58,13 @@ def why_not_packed(model: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def _leak_and_difference(model: nn.Module, device: torch.device) -> tuple[float, float]:
+def _leak_and_difference(model: nn.Module, device: torch.device, bind: Bind) -> tuple[float, float]:
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     samples = _samples(size)
     changed = Encoded([(i + 1) % size for i in samples[0].input_ids], 1, 0)
-    alone = torch.cat([_logits(model, collate([sample], [0], 0), device)[0] for sample in samples])
-    together, others = (_logits(model, _two_rows(of), device) for of in (samples, [changed, *samples[1:]]))
+    where = (model, device, bind)
+    alone = torch.cat([_logits(collate([sample], [0], 0), *where)[0] for sample in samples])
+    together, others = (_logits(_two_rows(of), *where) for of in (samples, [changed, *samples[1:]]))
     leak = (together - others)[:, _LENGTHS[0] :].abs().max()
     return float(leak / alone.abs().max()), float((together - alone).abs().max() / alone.abs().max())
 
@@ -66,7 +79,9 @@ def _samples(size: int) -> list[Encoded]:
     return [Encoded(torch.randint(0, size, (n,), generator=generator).tolist(), 1, 0) for n in _LENGTHS]
 
 
-def _logits(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+def _logits(batch: Batch, model: nn.Module, device: torch.device, bind: Bind) -> torch.Tensor:
     """Logits of every position, shape (B, S, vocabulary), float32."""
     everywhere = torch.arange(batch.input_ids_BS.shape[1], device=device)
-    return run_model(model, batch.to(device), everywhere).float()
+    batch = batch.to(device)
+    with bind(batch):
+        return run_model(model, batch, everywhere).float()

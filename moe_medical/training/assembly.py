@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_medical.adapters.layer import MoloraLinear
 from moe_medical.adapters.model import attach_adapters
 from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.starting import start_from
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
@@ -42,7 +43,9 @@ def assemble(
     """
     model = load_base_for_engine(base, config, topology).train()
     group = join_expert_group(config.parallel.ep_size)
-    context = attach_adapters(model, adapters, config.run.seed, group.shard if group else None)
+    shard = group.shard if group else None
+    context = attach_adapters(model, adapters, config.run.seed, shard)
+    start_from(model, adapters, config.adapters, config.run.seed, shard)
     if group is not None:
         stage = zero_stage(read_deepspeed(config.parallel.deepspeed))
         dtype = getattr(torch, config.model.dtype)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from moe_medical.adapters.routing import RoutingContext, Sequences
-from moe_medical.data.batches import IGNORE, Batch
+from moe_medical.data.batches import Batch
 
 
 def bind_batch(
     context: RoutingContext, batch: Batch, pass_name: str = "train"
 ) -> AbstractContextManager[RoutingContext]:
     """Bind a micro-batch; must span forward and backward. See `RoutingContext.bind`."""
-    prompt_BS = batch.token_mask_BS & (batch.labels_BS == IGNORE)
-    sequences = Sequences.of(batch.position_ids_BS, prompt_BS)
-    return context.bind(batch.token_mask_BS, batch.task_ids_BS, pass_name, sequences)
+    return context.bind(batch.token_mask_BS, batch.task_ids_BS, pass_name, sequences_of(batch))
+
+
+def sequences_of(batch: Batch) -> Sequences:
+    """The samples of a batch and their prompts."""
+    return Sequences.of(batch.position_ids_BS, batch.prompt_mask_BS)

@@ -129,13 +129,13 @@ def _load_data(config: RunConfig) -> tuple[BaseModel, ChatFormat, list[TaskData]
 
 def _load_subject(config: RunConfig, adapter: Path | None, topology: Topology) -> _Subject:
     base, chat, tasks = _load_data(config)
-    model = load_base(base, config.model.dtype)
+    model = load_base(base, config.model.dtype, config.model.quantization)
     names = [task.name for task in tasks]
     meta: dict[str, Any] = {}
     context = None
     if adapter is not None:
         adapters, meta, state = load_adapter(adapter)
-        if adapters.router == "task":
+        if adapters.knows_tasks:
             _check_known(adapter, names, meta["tasks"])
         context = attach_adapters(model, adapters, seed=0)  # the weights come from the adapter
         load_adapter_state(model, state, str(adapter))

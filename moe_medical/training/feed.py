@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel
 from moe_medical.config import RunConfig
 from moe_medical.config.schema import Batching
@@ -20,6 +21,7 @@ from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.packing_check import why_not_packed
+from moe_medical.training.binding import sequences_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Feed:
         return shares | {f"repeats/{task.name}": n / len(task.train) for task, n in named}
 
 
-def agreed_batching(wanted: Batching, engine: Engine) -> Batching:
+def agreed_batching(wanted: Batching, engine: Engine, context: RoutingContext) -> Batching:
     """`wanted`, or `grouped` where the base model cannot keep packed samples apart.
 
     Collective: every rank must call. One that cannot is enough: ranks that laid out a step in different
@@ -112,7 +114,9 @@ def agreed_batching(wanted: Batching, engine: Engine) -> Batching:
     """
     if wanted != "packed":
         return wanted
-    reason = why_not_packed(engine.module, engine.topology.device)
+    reason = why_not_packed(
+        engine.module, engine.topology.device, lambda batch: context.bind_sequences(sequences_of(batch))
+    )
     if not engine.topology.sum(np.array([reason is not None]))[0]:
         return wanted
     if reason is not None or engine.topology.is_main:

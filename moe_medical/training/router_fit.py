@@ -33,7 +33,7 @@ from moe_medical.adapters.model import adaptable_modules
 from moe_medical.adapters.placement import match_modules, routing_scopes
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config import MoloraConfig, RunConfig, resolve_adapters
+from moe_medical.config import MoloraConfig, RunConfig, load_config, resolve_adapters
 from moe_medical.console import progress_line, show, show_table
 from moe_medical.data.batches import Batch, collate
 from moe_medical.data.formats import ChatFormat, Encoded
@@ -49,20 +49,22 @@ _HELD_OUT = 0.2
 _MAX_ITERATIONS = 300
 
 
-def fit_router(config: RunConfig, out: Path, labels: str = "task", rows: int = 256) -> None:
-    """Fit the run's routers to labels, show how well they know them, and write a folder for `router_from`.
+def fit_router(run: Path, overrides: Sequence[str], out: Path, labels: str = "task", rows: int = 256) -> None:
+    """Fit a run's routers to labels, show how well they know them, and write a folder for `router_from`.
 
     Args:
-        config: The run.
+        run: Run file; that it wants a fitted router, which is not there yet, does not matter.
+        overrides: Over the run file.
         out: Folder to write.
         labels: What the experts stand for; see `router_labels.py`.
         rows: Training rows of each label at most.
 
     Raises:
-        ConfigError: The run has no linear router, or as many experts as there are no labels; `out` holds
+        ConfigError: The run has no linear router, or another number of experts than of labels; `out` holds
             something else; a label has too few rows.
     """
     refuse_foreign(out)
+    config = load_config(run, [*overrides, "adapters.router_from=null", "adapters.freeze_router=false"])
     adapters = resolve_adapters(config.adapters)
     base = locate_base(config.model)
     check_context(config, base)
@@ -239,9 +241,8 @@ def _fit_all(
 ) -> dict[str, _Fitted]:
     """First module of each router's scope -> its router; one of all features where the model is the scope."""
     if adapters.router_scope == "model":
-        first = next(iter(features))
-        rows = [torch.cat(of_row) for of_row in zip(*features.values(), strict=True)]
-        features = {first: rows}
+        of_rows = zip(*features.values(), strict=True)
+        features = {next(iter(features)): [torch.cat(of_row) for of_row in of_rows]}
     fitted = {}
     with progress_line("fitting routers", len(features), visible=True) as progress:
         for name, rows in features.items():

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from moe_medical.adapters.folder import save_adapter
+from moe_medical.adapters.model import frozen_parameters
+from moe_medical.adapters.starting import with_labels
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.config.schema import Exchange
@@ -75,7 +77,7 @@ class Trainer:
         check_context(config, self.base)
         self.feed = Feed(config, self.base)
         self.tasks = self.feed.tasks
-        self.adapters = resolve_adapters(config.adapters, len(self.tasks))
+        self.adapters = with_labels(resolve_adapters(config.adapters, len(self.tasks)), config.adapters)
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
         self.engine, self.context = assemble(
             config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)
@@ -87,7 +89,8 @@ class Trainer:
             config.training.loss, self.engine, self.context, len(self.tasks), config.run.seed
         )
         self.mixing = Mixing(config, self.feed, self.engine, self.context)
-        self.batches = self.feed.batches(topology, agreed_batching(config.data.batching, self.engine))
+        batching = agreed_batching(config.data.batching, self.engine, self.context)
+        self.batches = self.feed.batches(topology, batching)
         self.guarding = Guarding(config.training.guard, self.feed, topology)
         self.stop = StopFlag()
         self.meter = TaskMeter([t.name for t in self.tasks])
@@ -353,7 +356,8 @@ class Trainer:
         state = gather_parameters(self.engine)
         if self.topology.is_main:
             meta = adapter_meta(self.config, self.base, self.tasks, steps)
-            save_adapter(self.folder.adapter, state, self.adapters, meta)
+            whole = frozen_parameters(self.engine.module) | state
+            save_adapter(self.folder.adapter, whole, self.adapters, meta)
         self.topology.barrier()
 
 

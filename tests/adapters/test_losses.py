@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
+from support.router_losses import largest, plain, total
 from torch import Tensor, nn
 
 from moe_medical.adapters.loss_weights import LossWeights, kinds_of_tasks
@@ -27,35 +27,6 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
 
 def real(num_tokens: int) -> Tensor:
     return torch.ones(num_tokens, dtype=torch.bool)
-
-
-def plain(
-    layers: Sequence[Tensor], top_k: int, kinds: Sequence[int], weights: LossWeights
-) -> dict[str, Tensor]:
-    """The equations, layer by layer, of the logits (T, E) of real tokens and the kind of each."""
-    found: dict[str, list[Tensor]] = {name: [] for name in weights.active}
-    for logits in layers:
-        p, experts = logits.softmax(-1), logits.shape[-1]
-        f = torch.zeros_like(p).scatter(-1, logits.topk(top_k).indices, 1.0).mean(0)
-        entropy = -(p * p.log()).sum(-1).mean()
-        of_expert = torch.tensor([int(n >= experts // 2) for n in range(experts)])
-        alike = torch.tensor(kinds)[:, None] == of_expert
-        importance = (p * (1 + weights.delta * (2 * alike.double() - 1))).sum(0)
-        values = {
-            "balance": experts * (f * p.mean(0)).sum(),
-            "z": logits.logsumexp(-1).square().mean(),
-            "entropy": entropy,
-            "divergence": -(p.mean(0) * p.mean(0).log()).sum() - entropy,
-            "localized": importance.var(correction=0) / importance.mean() ** 2,
-        }
-        for name, of_layers in found.items():
-            of_layers.append(values[name])
-    return {name: torch.stack(of_layers).mean() for name, of_layers in found.items()}
-
-
-def total(values: dict[str, Tensor], weights: LossWeights) -> Tensor:
-    signed = {**values, **({"divergence": -values["divergence"]} if "divergence" in values else {})}
-    return torch.stack([getattr(weights, name) * value for name, value in signed.items()]).sum()
 
 
 class _Setup:
@@ -90,7 +61,8 @@ def test_values_and_gradients_are_those_of_the_plain_formulas(weights: LossWeigh
     """The gradient enters in the backward of each micro-batch alone, times what the engine divides by."""
     setup, scale = _Setup(), 4.0
     kinds = setup.classes_MT[setup.mask_MT].tolist()
-    expected = plain(setup.layers(), 2, kinds, weights)
+    layers = setup.layers()
+    expected = plain(layers, largest(layers, 2), kinds, weights)
     total(expected, weights).backward()
     wanted = setup.gradients()
     statistics = setup.sums(weights, 0) + setup.sums(weights, 1)

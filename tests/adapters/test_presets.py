@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 from support import published
+from support.configs import config_problems
 from support.families import DECODER
 from support.published import Gate, Side, choose, tensors_of
 from torch import Tensor, nn
@@ -255,7 +257,7 @@ def test_step_zero_is_the_base(case: str) -> None:
     config = STARTS[case]
     model = base_model()
     with bound(attach_adapters(model, config, seed=7)):
-        logits, base = model(IDS).logits, base_model()(IDS).logits
+        logits, base = model(IDS).logits.detach(), base_model()(IDS).logits.detach()
     if config.experts == "linear":
         assert torch.equal(logits, base)
     else:  # a sum of gates that is 1 up to rounding
@@ -307,7 +309,8 @@ SAMPLED = {
 def test_activation_checkpointing_changes_no_routing_and_no_gradient(case: str) -> None:
     gates, gradients = trained_once(SAMPLED[case], None)
     assert gates
-    for use_reentrant in (False, True):
+    # Reentrant recomputation cannot go through X-LoRA's gates, which all blocks share; the config refuses it.
+    for use_reentrant in (False,) if case == "xlora" else (False, True):
         gates_then, gradients_then = trained_once(SAMPLED[case], use_reentrant)
         assert gates.keys() == gates_then.keys()
         assert all(torch.equal(gates[name], gates_then[name]) for name in gates)
@@ -359,3 +362,35 @@ def test_settings_are_the_published_ones() -> None:
     assert [PRESETS["mola"].at_depth(layer, 32).num_experts for layer in (0, 7, 8, 16, 24, 31)] == [
         *(2, 2, 4, 6, 8, 8)
     ]
+
+
+CONTRADICTIONS = {
+    "adapters.rank must be a multiple of num_experts (8)": ["preset=moelora", "rank=12"],
+    "adapters.top_k must be at most num_experts (4)": ["num_experts=4", "top_k=5"],
+    "adapters.top_k must be at most 2": ["preset=mola", "top_k=3"],
+    "adapters.router_scope must not be `model`": ["preset=mola", "router_scope=model"],
+    "adapters.groups must be at least 2 and divide num_experts (8)": ["router=hierarchical", "groups=3"],
+    "adapters.groups must be 1 under a token router": ["groups=2"],
+    "adapters.top_k must be 0 under a threshold router": ["preset=adamole", "top_k=2"],
+    "adapters.selection must be `top_k`": ["preset=lora_moe", "selection=sample"],
+    "adapters.shared_a must be false with rank_split": ["preset=moelora", "shared_a=true"],
+    "adapters.shared_experts must be 0 with `experts: block`": ["preset=mixlora", "shared_experts=1"],
+    "adapters.learn_shared_weight must be false": ["learn_shared_weight=true"],
+    "adapters.dora must be false": ["preset=moelora", "dora=true"],
+    "adapters.freeze_router must come with adapters.router_from": ["preset=med_moe"],
+    "adapters.freeze_experts must come with adapters.experts_from": ["preset=xlora"],
+    "adapters.router_scope must be `module` or `model`": ["preset=xlora", "router_scope=block"],
+    "adapters.temperature must be > 0": ["temperature=0"],
+    "adapters.preset must be one of": ["preset=ming"],
+}
+
+
+@pytest.mark.parametrize("rule", CONTRADICTIONS)
+def test_overrides_that_contradict_a_preset_are_refused(rule: str, tmp_path: Path) -> None:
+    overrides = [f"adapters.{override}" for override in CONTRADICTIONS[rule]]
+    assert any(problem.startswith(rule) for problem in config_problems(tmp_path, *overrides, stage=2))
+
+
+def test_every_preset_that_needs_no_folder_is_accepted(tmp_path: Path) -> None:
+    for name in PRESETS.keys() - {"med_moe", "xlora"}:
+        assert config_problems(tmp_path, f"adapters.preset={name}") == []

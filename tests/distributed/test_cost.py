@@ -163,6 +163,33 @@ def test_auto_takes_what_sends_less() -> None:
     assert sum(mixed.values()) == 7 * 32
 
 
+@pytest.mark.parametrize(
+    ("losses", "work", "times"),
+    [
+        ({"balance_coefficient": 0.1}, {}, 3),
+        ({"divergence_coefficient": 0.1}, {"looks_ahead": True}, 1),
+        ({"z_coefficient": 0.1, "entropy_coefficient": 0.1}, {}, 1),
+    ],
+)
+def test_statistics_of_the_router_losses(losses: dict, work: dict, times: int) -> None:
+    """Of each decision and expert two numbers, of each decision two more, and the tokens."""
+    for scope, decisions in (("module", 6), ("layer", 2)):
+        adapters = replace(MODEL.adapters, router_scope=scope, **losses)
+        model = AdaptedModel.of(known_shape("tiny"), adapters)
+        sent = _sent(estimate(model, Layout(8, 8), replace(WORK, **work)))["routing counts"]
+        assert sent == pytest.approx(2 * 7 / 8 * 4 * times * (decisions * (4 * 2 + 2) + 1))
+
+
+def test_every_path_is_a_row_of_its_own(tmp_path: Path) -> None:
+    settings = ["adapters.selection=sample", "training.router_paths=3", "adapters.entropy_coefficient=0.1"]
+    config = load_config(str(write_tiny_run(tmp_path)), settings)
+    work = Workload.of(config, resolve_adapters(config.adapters), accumulation=2, mean_tokens=10, targets=5)
+    assert (work.micro_batch, work.tokens, work.positions, work.head_positions) == (6, 60, 6 * 96, 30)
+    assert not work.looks_ahead
+    localized = replace(resolve_adapters(config.adapters), localized_coefficient=0.1)
+    assert Workload.of(config, localized, accumulation=2, mean_tokens=10).looks_ahead
+
+
 def test_neighbours_differ_in_one_setting_and_work() -> None:
     start = Layout(8, 8, ZeroSettings(1), ep_size=2)
     near = neighbours(start, num_experts=4)

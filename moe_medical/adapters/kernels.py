@@ -1,0 +1,206 @@
+"""Triton kernels for the concat path on a GPU: gates, scale and weight casts are fused into the GEMMs' loads.
+
+    hidden = x A^T                            A is cast on load
+    y = y + scale * (hidden * gate) B^T       no (T, H) product in memory; B (E, F, rank) is read as it lies
+    grad_hidden, grad_gate                    both from the accumulator of grad_y B
+    grad_B = scale * grad_y^T (hidden * gate) written as (E, F, rank)
+    grad_A = grad_hidden^T x,  grad_x = grad_hidden A
+
+The oracle is the PyTorch path, `experts.add_chosen`: the same numbers up to the order of sums and, below
+float32, one rounding less. Accumulators are float32; float32 inputs are multiplied in full precision. What is
+kept for backward is the same too. A program sums its tile alone, without atomics: results are deterministic.
+
+Not measured on a GPU: the block sizes are plausible ones. A tile of hidden units holds whole experts, so that
+one program owns each gate's gradient; hence `available` wants a rank that is a power of two, at most 128.
+
+The kernels are compiled when first used, since Triton is no dependency on CPU. With TRITON_INTERPRET=1 set
+before that they run on CPU tensors in Triton's interpreter, which needs no driver: so they are tested. It
+multiplies bfloat16 tiles as if their bits were integers, so WIDE turns them into float32 there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_medical.adapters.experts import Dropout, masked, may_overwrite, spread_gate
+
+MAX_RANK = 128
+_FEATURES_BLOCK, _TOKENS_BLOCK, _HIDDEN_BLOCK = 64, 64, 64
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available(device_type: str, rank: int) -> bool:
+    """Whether the kernels can run on such a device with experts of that rank."""
+    on_device = device_type == "cuda" or (device_type == "cpu" and interpreted())
+    fits = rank & (rank - 1) == 0 and rank <= MAX_RANK
+    return on_device and fits and importlib.util.find_spec("triton") is not None
+
+
+def add_fused(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """`experts.add_chosen` through the kernels; needs `available`.
+
+    Args:
+        y, x, scaling, dropout, expert_ids_TK, weights_TK, overwrite: See `add_chosen`.
+        lora_A: (E, rank, D).
+        lora_B: (E, F, rank).
+    """
+    overwrite = overwrite and may_overwrite(y)
+    inputs = (y, x, lora_A, lora_B, weights_TK, expert_ids_TK, scaling, dropout, overwrite)
+    result: Tensor = _AddFused.apply(*inputs)
+    return result
+
+
+class _AddFused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weights_TK: Tensor,
+        ids_TK: Tensor,
+        scaling: float,
+        dropout: float,
+        overwrite: bool,
+    ) -> Tensor:
+        ctx.replay = Dropout(x.device, dropout) if dropout > 0 else None
+        mask = ctx.replay.mask(x) if ctx.replay else None
+        ctx.scale, ctx.dtype = scaling / (ctx.replay.keep if ctx.replay else 1), y.dtype
+        gate_TE = spread_gate(weights_TK, ids_TK, len(lora_A))
+        hidden_TH = hidden_units(_rows(masked(x, mask, y.dtype)), lora_A)
+        ctx.save_for_backward(x, lora_A, lora_B, weights_TK, ids_TK, hidden_TH)
+        if overwrite:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        add_delta(y.view(-1, y.shape[-1]), hidden_TH, gate_TE, lora_B, ctx.scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, weights_TK, ids_TK, hidden_TH = ctx.saved_tensors
+        _, wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
+        mask = ctx.replay.mask(x, again=True) if ctx.replay else None
+        gate_TE = spread_gate(weights_TK, ids_TK, len(lora_A))
+        grad_TF, grad_x, grad_A, grad_B = _rows(grad_y).contiguous(), None, None, None
+        grad_hidden_TH, grad_gate_TE = hidden_gradient(grad_TF, hidden_TH, gate_TE, lora_B, ctx.scale)
+        if wants_A:
+            grad_A = a_gradient(grad_hidden_TH, _rows(masked(x, mask, ctx.dtype)), lora_A)
+        if wants_B:
+            grad_B = b_gradient(grad_TF, hidden_TH, gate_TE, lora_B, ctx.scale)
+        if wants_x:
+            grad_x = masked(input_gradient(grad_hidden_TH, lora_A).view(x.shape), mask, x.dtype)
+        grad_weights = grad_gate_TE.gather(1, ids_TK).to(weights_TK.dtype)
+        return grad_y, grad_x, grad_A, grad_B, grad_weights, None, None, None, None
+
+
+def hidden_units(x_TD: Tensor, lora_A: Tensor) -> Tensor:
+    """x A^T: (T, H) in the dtype of x."""
+    A_HD = lora_A.view(-1, lora_A.shape[-1])
+    return _product(x_TD, A_HD, (x_TD.shape[0], A_HD.shape[0]), right_strides=(1, A_HD.stride(0)))
+
+
+def input_gradient(grad_hidden_TH: Tensor, lora_A: Tensor) -> Tensor:
+    """grad_hidden A: (T, D) in the dtype of grad_hidden."""
+    A_HD = lora_A.view(-1, lora_A.shape[-1])
+    return _product(grad_hidden_TH, A_HD, (len(grad_hidden_TH), A_HD.shape[1]), right_strides=A_HD.stride())
+
+
+def a_gradient(grad_hidden_TH: Tensor, x_TD: Tensor, lora_A: Tensor) -> Tensor:
+    """grad_hidden^T x in the shape and dtype of A."""
+    shape = (grad_hidden_TH.shape[1], x_TD.shape[1])
+    grad_HD = _product(grad_hidden_TH.t(), x_TD, shape, right_strides=x_TD.stride(), dtype=lora_A.dtype)
+    return grad_HD.view(lora_A.shape)
+
+
+def add_delta(y_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float) -> None:
+    """y += scale * (hidden * gate) B^T, in place; all but the gate are contiguous."""
+    (tokens, features), (experts, _, rank) = y_TF.shape, lora_B.shape
+    grid = (_blocks(tokens, _TOKENS_BLOCK), _blocks(features, _FEATURES_BLOCK))
+    sizes = (tokens, features, experts * rank, experts, scale)
+    _kernels().add_delta[grid](y_TF, hidden_TH, gate_TE.contiguous(), lora_B, *sizes, **_constants(rank))
+
+
+def hidden_gradient(
+    grad_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(T, H) gradient of the hidden units in the dtype of grad_TF, (T, E) float32 gradient of the gate."""
+    (tokens, features), (experts, _, rank) = grad_TF.shape, lora_B.shape
+    grad_hidden_TH = torch.empty_like(hidden_TH)
+    grad_gate_TE = torch.empty(tokens, experts, dtype=torch.float32, device=grad_TF.device)
+    constants = _constants(rank)
+    grid = (_blocks(tokens, _TOKENS_BLOCK), _blocks(experts * rank, constants["BLOCK_H"]))
+    tensors = (grad_TF, hidden_TH, gate_TE.contiguous(), lora_B, grad_hidden_TH, grad_gate_TE)
+    sizes = (tokens, features, experts * rank, experts, scale)
+    _kernels().hidden_gradient[grid](*tensors, *sizes, **constants)
+    return grad_hidden_TH, grad_gate_TE
+
+
+def b_gradient(grad_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """scale * grad_y^T (hidden * gate) in the shape and dtype of B."""
+    (tokens, features), (experts, _, rank) = grad_TF.shape, lora_B.shape
+    grad_B, constants = torch.empty_like(lora_B), _constants(rank)
+    grid = (_blocks(features, _FEATURES_BLOCK), _blocks(experts * rank, constants["BLOCK_H"]))
+    sizes = (tokens, features, experts * rank, experts, scale)
+    _kernels().b_gradient[grid](grad_TF, hidden_TH, gate_TE.contiguous(), grad_B, *sizes, **constants)
+    return grad_B
+
+
+def _product(
+    left: Tensor,
+    right: Tensor,
+    shape: tuple[int, int],
+    right_strides: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """left (M, K) times right, read with these strides as (K, N) and cast to the dtype of left."""
+    out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
+    grid = (_blocks(shape[0], _TOKENS_BLOCK), _blocks(shape[1], _FEATURES_BLOCK))
+    sizes, blocks = (*shape, left.shape[1]), {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    strides = (*left.stride(), *right_strides)
+    _kernels().product[grid](left, right, out, *sizes, *strides, WIDE=interpreted(), **blocks)
+    return out
+
+
+def _constants(rank: int) -> dict[str, Any]:
+    blocks = {"BLOCK_T": _TOKENS_BLOCK, "BLOCK_F": _FEATURES_BLOCK, "BLOCK_H": max(_HIDDEN_BLOCK, rank)}
+    return {"RANK": rank, "WIDE": interpreted(), **blocks}
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@cache
+def _kernels() -> Any:
+    from moe_medical.adapters import triton_kernels
+
+    return triton_kernels
