@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,102 @@ def seesaw() -> str:
     )
 
 
+IN_README = (
+    "base",
+    "PEFT LoRA E*r",
+    "ours token",
+    "ours task",
+    "ours joint",
+    "mixlora 0.2.3",
+    "moe-peft 2.0.2 MoLA",
+    "eulerforge 0.1.0",
+    "PEFT X-LoRA",
+    "MING's form",
+    "MOELoRA's form",
+)
+
+
+def adapters_short() -> str:
+    """Arms that a reader compares, on the small model; the page on adapters has all."""
+    record = read("adapters")
+    cases = [case for case in record["cases"] if case["model"] == record["cases"][0]["model"]]
+    parts = [adapters_table(cases, IN_README), adapters_setting(record, cases), adapters_generation(record)]
+    return "\n\n".join(parts)
+
+
+def adapters_all() -> str:
+    record = read("adapters")
+    parts = []
+    for model in dict.fromkeys(case["model"] for case in record["cases"]):
+        cases = [case for case in record["cases"] if case["model"] == model]
+        arms = [name for name in cases[0]["arms"] if any(measured(case["arms"][name]) for case in cases)]
+        parts += [adapters_table(cases, arms), adapters_setting(record, cases)]
+    profiles = [record["profile"], *(batch.get("profile") for batch in record["generation"])]
+    told = [of["in_words"] for of in profiles if of]
+    return "\n\n".join([*parts, adapters_generation(record), adapters_aims(record), *told])
+
+
+def measured(arm: dict[str, Any]) -> bool:
+    return bool(arm["status"] == "measured")
+
+
+def clock(case: dict[str, Any]) -> str:
+    return "gpu_ms" if case["device"] == "cuda" else "cpu_ms"
+
+
+def adapters_table(cases: list[dict[str, Any]], arms: Iterable[str]) -> str:
+    several = len({case["dtype"] for case in cases}) > 1
+    heads = [f"{case['shape']}, {case['dtype']}" if several else case["shape"] for case in cases]
+    lines = [f"| ms a step (MiB saved) | {' | '.join(heads)} |", "|---" * (len(cases) + 1) + "|"]
+    for name in arms:
+        cells = [adapters_cell(case["arms"][name], clock(case)) for case in cases]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def adapters_cell(arm: dict[str, Any], by: str) -> str:
+    if not measured(arm):
+        return str(arm["status"]).partition(":")[0].partition(",")[0]
+    return f"{arm[by]['median']:.0f} ({arm['saved_mib']:.0f})"
+
+
+def adapters_setting(record: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    setting, environment = record["setting"], record["environment"]
+    machine, versions = environment["machine"], environment["versions"]
+    rounds = [case["rounds"] for case in cases]
+    told = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
+    time = "GPU" if clock(cases[0]) == "gpu_ms" else "processor"
+    tokens = setting["rows"] * setting["positions"]
+    return (
+        f"{cases[0]['model']}, {tokens} tokens, adapters on gate, up and down; "
+        f"forward and backward, median of {told} rounds, arms in turns, {time} time, one thread "
+        f"({machine['cpu']}, {machine['cores']} cores; torch {versions['torch']}, PEFT {versions['peft']})."
+    )
+
+
+def adapters_generation(record: dict[str, Any]) -> str:
+    batches = record["generation"]
+    heads = [f"{batch['rows']} {'row' if batch['rows'] == 1 else 'rows'}" for batch in batches]
+    title = f"tokens/s of SmolLM2-135M, {batches[0]['shape']}"
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(batches) + 1) + "|"]
+    for name in batches[0]["tokens_per_second"]:
+        speeds = [batch["tokens_per_second"][name] for batch in batches]
+        cells = [f"{of['median']:.1f} ({of['least']:.1f} to {of['most']:.1f})" for of in speeds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def adapters_aims(record: dict[str, Any]) -> str:
+    lines = ["| aim | where | ratio | limit | if adapters cost nothing | |", "|---" * 6 + "|"]
+    for aim in record["aims"]:
+        of, verdict = aim["ratio"], "met" if aim["met"] else "not met"
+        free = aim["if_adapters_cost_nothing"]
+        limit = f"≤ {aim['at_most']:.2f}" if "at_most" in aim else f"≥ {aim['at_least']:.2f}"
+        found = f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
+        lines.append(f"| {aim['aim']} | {aim['where']} | {found} | {limit} | {free:.2f} | {verdict} |")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "quickstart"): quickstart,
     ("docs/parallelism.md", "expert_parallel"): expert_parallel,
@@ -234,6 +330,8 @@ BLOCKS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/data.md", "mixing"): mixing,
     ("docs/seesaw.md", "tracking_overhead"): tracking_overhead,
     ("docs/seesaw.md", "seesaw"): seesaw,
+    ("README.md", "adapters"): adapters_short,
+    ("docs/adapters.md", "adapters"): adapters_all,
 }
 
 

@@ -75,18 +75,83 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_verb(verbs, "launch", _launch, "start a run's ranks on this machine and look after them")
     _add_run_verb(verbs, "train", _train, "one rank of a run; for launchers such as deepspeed")
     _add_data_verbs(verbs)
+    _add_answer_verbs(verbs)
+    _add_export_verbs(verbs)
+    _add_router_verbs(verbs)
+    _add_result_verbs(verbs)
+    return parser
+
+
+def _add_answer_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
     generate = verbs.add_parser("generate", help="answer prompts with a trained adapter")
-    generate.add_argument("adapter", type=Path, help="adapter folder")
+    chat = verbs.add_parser("chat", help="talk with a trained adapter")
+    serve = verbs.add_parser("serve", help="answer over HTTP as OpenAI's API does")
+    for verb, run in ((generate, _generate), (chat, _chat), (serve, _serve)):
+        verb.add_argument("adapter", help="adapter folder")
+        verb.add_argument("--base", help="base model, where it is not the one the adapter names")
+        verb.add_argument("--quantization", choices=("none", "int8", "bnb8", "bnb4"), help="of the base")
+        verb.set_defaults(verb=run)
+    for verb in (generate, chat):
+        verb.add_argument("--task", help="whose weights of the experts a task gate uses; several with commas")
+        verb.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+        verb.add_argument("--top-p", type=float, default=1.0)
+        verb.add_argument("--seed", type=int, help="of the sampling")
     generate.add_argument(
         "--prompts", type=Path, help="file with a prompt per line; standard input without it"
     )
-    generate.add_argument("--base", help="base model, where it is not the one the adapter names")
-    generate.add_argument("--task", help="whose weights of the experts a task gate uses")
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument("--batch-rows", type=_positive, default=16)
-    generate.set_defaults(verb=_generate)
-    _add_result_verbs(verbs)
-    return parser
+    generate.add_argument("--stream", action="store_true", help="show each answer as it comes")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256)
+    _add_serve_options(serve)
+
+
+def _add_serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("more", nargs="*", metavar="NAME=ADAPTER", help="others on the same base model")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--batching", choices=("together", "continuous"), default="together")
+    serve.add_argument("--batch-rows", type=_positive, default=16)
+    serve.add_argument("--queue", type=_positive, default=64, help="requests that may wait")
+    serve.add_argument("--max-tokens", type=_positive, default=256, help="where a request does not say")
+    serve.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key to ask for")
+    serve.add_argument("--allow-adapter-changes", action="store_true", help="below --adapter-root")
+    serve.add_argument("--adapter-root", type=Path, metavar="FOLDER")
+
+
+def _add_router_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
+    router = verbs.add_parser("router", help="fit routers before training")
+    what = "fit a run's routers to labels of its tasks, for adapters.router_from"
+    fit = _add_run_verb(
+        router.add_subparsers(required=True, metavar="VERB", parser_class=_Parser), "fit", _router_fit, what
+    )
+    fit.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="folder to write")
+    kinds = "task, kind, language, tags in order (a,b,c), or a YAML or JSON file of task: label"
+    fit.add_argument("--labels", default="task", help=f"what the experts stand for: {kinds}")
+    fit.add_argument("--rows", type=_positive, default=256, help="training rows of each label at most")
+
+
+def _add_export_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
+    merge = verbs.add_parser("merge", help="write the base model with an adapter merged into it")
+    export = verbs.add_parser("export", help="write an adapter for other programs")
+    forms = export.add_subparsers(required=True, metavar="FORM", parser_class=_Parser)
+    peft = forms.add_parser("peft", help="as a plain LoRA that PEFT and vLLM load")
+    whole = forms.add_parser("hf", help="as a folder with base, experts and code; for token routers too")
+    for verb, run in ((merge, _merge), (peft, _export_peft), (whole, _export_hf)):
+        verb.add_argument("adapter", type=Path, help="adapter folder")
+        verb.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="a new folder")
+        verb.add_argument("--base", help="base model, where it is not the one the adapter names")
+        parts = "attention, ffn, routed, plain, shared or a pattern; all without it"
+        verb.add_argument("--only", action="append", default=[], metavar="PART", help=parts)
+        verb.set_defaults(verb=run)
+    for verb in (merge, peft):
+        what = "whose weights of the experts are taken; given again, one folder for each"
+        verb.add_argument("--task", action="append", metavar="NAME", help=what)
+    merge.add_argument("--no-verify", action="store_true", help="do not load and compare the result")
+    gate = "weights of the experts, the same everywhere, instead of a task's"
+    peft.add_argument("--gate", type=_numbers, metavar="W,W,...", help=gate)
+    peft.add_argument("--vllm", action="store_true", help="a rank that vLLM knows, and its arguments")
+    whole.add_argument("--link", action="store_true", help="hard-link the base's weights")
 
 
 def _add_result_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
@@ -168,6 +233,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def _config(options: argparse.Namespace) -> RunConfig:
     return load_config(options.run, options.overrides)
 
@@ -215,10 +284,58 @@ def _data_check(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from moe_medical.training.answering import answer_prompts
+    from moe_medical.evaluation.generate import Sampling
+    from moe_medical.serving.answering import Generation, answer_prompts
 
-    sizes = (options.max_new_tokens, options.batch_rows)
-    answer_prompts(options.adapter, options.prompts, options.base, *sizes, options.task)
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    how = Generation(options.max_new_tokens, options.batch_rows, sampling, options.stream)
+    where = (options.task, options.base, options.quantization)
+    answer_prompts(Path(options.adapter), options.prompts, how, *where)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from moe_medical.evaluation.generate import Sampling
+    from moe_medical.serving.chat import chat_in_terminal
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    where = (options.task, options.base, options.quantization)
+    chat_in_terminal(Path(options.adapter), options.max_new_tokens, sampling, *where)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from moe_medical.serving.serve import ServeSettings, serve_adapters
+
+    names = ServeSettings.__dataclass_fields__
+    settings = ServeSettings(**{name: value for name, value in vars(options).items() if name in names})
+    serve_adapters([options.adapter, *options.more], settings, options.allow_adapter_changes)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from moe_medical.interop.merge import merge_adapter
+
+    what = (options.task, options.base, options.only, not options.no_verify)
+    for folder in merge_adapter(options.adapter, options.out, *what):
+        show(f"written {folder}")
+    return 0
+
+
+def _export_peft(options: argparse.Namespace) -> int:
+    from moe_medical.interop.peft_export import export_peft
+
+    what = (options.task, options.base, options.gate, options.only, options.vllm)
+    for folder in export_peft(options.adapter, options.out, *what):
+        show(f"written {folder}")
+    return 0
+
+
+def _export_hf(options: argparse.Namespace) -> int:
+    from moe_medical.interop.hf_folder import export_hf_folder
+
+    what = (options.base, options.only, options.link)
+    show(f"written {export_hf_folder(options.adapter, options.out, *what)}")
     return 0
 
 
@@ -236,6 +353,13 @@ def _baseline(options: argparse.Namespace) -> int:
     from moe_medical.training.baseline import train_baselines
 
     train_baselines(options.run, options.overrides, options.arm, options.steps, options.out)
+    return 0
+
+
+def _router_fit(options: argparse.Namespace) -> int:
+    from moe_medical.training.router_fit import fit_router
+
+    fit_router(options.run, options.overrides, options.out, options.labels, options.rows)
     return 0
 
 

@@ -39,6 +39,9 @@ def setup_logging(is_main: bool) -> None:
     level = logging.WARNING
     logging.basicConfig(level=level, format=line, datefmt="%H:%M:%S", handlers=[handler], force=True)
     logging.getLogger("moe_medical").setLevel(logging.INFO if is_main else logging.WARNING)
+    # torchao's kernels for GPUs that are not here are nothing that a user could mend either.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed's calls into torch.distributed are nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -46,6 +49,12 @@ def setup_logging(is_main: bool) -> None:
 def show(text: str) -> None:
     """Write a result to stdout."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def show_part(text: str) -> None:
+    """Write a piece of a longer result to stdout, at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import ROOT, write_tiny_run
+import yaml
+from support.exporting import write_adapter
+from support.foreign import write_theirs
+from support.tiny import ROOT, write_tiny_model, write_tiny_run
+
+from moe_medical import cli
+from moe_medical.config import MoloraConfig, load_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,6 +72,51 @@ def test_the_commands_of_seesaw_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/A/report.html").stat().st_size > 500_000
     assert set(json.loads((tmp_path / "scores.json").read_text())["tasks"]) == {"last_word", "even"}
     assert "mtl_gain/even" in (tmp_path / "runs/B/metrics.jsonl").read_text()
+
+
+def test_the_commands_of_export_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    gated = MoloraConfig(router="task", num_tasks=3, num_experts=4, top_k=0, rank=4)
+    write_adapter(tmp_path / "runs" / "gated" / "adapter", base, gated)
+    write_adapter(tmp_path / "runs" / "routed" / "adapter", base, MoloraConfig(num_experts=4, rank=4))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "folder")
+    page, names = (ROOT / "docs" / "export.md").read_text(), {}
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            exec(block, names)
+        for command in block.splitlines() if language == "bash" else ():
+            assert cli.main(shlex.split(command)[1:]) == 0, command
+    assert names["answer"].shape[1] > names["batch"]["input_ids"].shape[1]
+    assert (tmp_path / "lora" / "all" / "vllm_lora_modules.txt").is_file()
+
+
+def test_the_commands_of_import_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    write_theirs(tmp_path / "theirs", base)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "import.md").read_text()
+    commands = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines()
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    made = sorted(path.name for path in (tmp_path / "adapters").iterdir())
+    assert made == ["lora", "ming", "mixlora", "moelora"]
+
+
+def test_the_commands_of_adapters_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"training": {"steps": 1}, "parallel": {"ranks": 1}, "evaluation": {"score_rows": 0}}
+    run = write_tiny_run(tmp_path, run={"name": "tiny", "dir": "runs/A"}, **settings)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    for command in "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines():
+        assert cli.main([str(run) if word == "RUN.yaml" else word for word in shlex.split(command)[1:]]) == 0
+    made = json.loads((tmp_path / "runs/A/adapter/adapter_config.json").read_text())["config"]
+    assert (made["experts"], made["labels"]) == ("ffn", ["last_word", "even"])
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)):
+        other = tmp_path / f"{number}.yaml"
+        other.write_text(yaml.safe_dump({**yaml.safe_load(run.read_text()), **yaml.safe_load(block)}))
+        load_config(other)
 
 
 def test_pages_show_what_was_measured() -> None:

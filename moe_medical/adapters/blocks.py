@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_medical.adapters.layer import AdaptedLinear, AdapterModule, RouterSeat, rows_of
+from moe_medical.adapters.grouped import add_routed
+from moe_medical.adapters.layer import AdaptedLinear, AdapterModule, RouterSeat, device_of, rows_of
 from moe_medical.adapters.losses import router_loss_tap
 from moe_medical.adapters.routers import Router, new_router
 from moe_medical.adapters.routing import Routing, RoutingContext
@@ -35,19 +36,19 @@ class BlockPlan:
     """What a block tells its linear layers while it runs; None in between."""
 
     def __init__(self) -> None:
-        self.gates_KTE: Tensor | None = None
-        """One-hot: which expert is the k-th choice of a token."""
+        self.choices_KT: Tensor | None = None
+        """Which expert is the k-th choice of a token."""
         self.ends_E: Tensor | None = None
         """int32: where each expert's rows end, once sorted."""
 
     @contextmanager
-    def of(self, gates_KTE: Tensor | None = None, ends_E: Tensor | None = None) -> Iterator[None]:
+    def of(self, choices_KT: Tensor | None = None, ends_E: Tensor | None = None) -> Iterator[None]:
         """Hold a plan while the block runs."""
-        self.gates_KTE, self.ends_E = gates_KTE, ends_E
+        self.choices_KT, self.ends_E = choices_KT, ends_E
         try:
             yield
         finally:
-            self.gates_KTE = self.ends_E = None
+            self.choices_KT = self.ends_E = None
 
 
 class RoutedBlock(AdapterModule):
@@ -80,7 +81,7 @@ class RoutedBlock(AdapterModule):
         self.num_experts, self._config, self._owned = config.num_experts, config, router is None
         self.seat = RouterSeat(name)
         new = router is None
-        device = next(base.parameters()).device
+        device = device_of(base)
         self.router = new_router(config, in_features, self.new_generator()).to(device) if new else router
         self.shared_gate: nn.Parameter | None = None
         if config.shared_experts and config.learn_shared_weight:
@@ -113,7 +114,7 @@ class RoutedBlock(AdapterModule):
 
     def _fan_out(self, x: Tensor, routing: Routing) -> Tensor:
         chosen_KT = routing.expert_ids_TK.t()
-        with self.plan.of(gates_KTE=F.one_hot(chosen_KT, self.num_experts).float()):
+        with self.plan.of(choices_KT=chosen_KT):
             y: Tensor = self.base(x)
         y = y.reshape(len(chosen_KT), *x.shape)
         weights = routing.weights_TK.t().reshape(len(y), *x.shape[:-1], 1)
@@ -166,7 +167,7 @@ class BlockLinear(AdaptedLinear):
         experts, rank = config.num_experts, config.expert_rank(config.num_experts)
         self.lora_A = nn.Parameter(self._first_A(self.new_generator(), experts, rank, self.in_features))
         self.lora_B = self._zeros(experts, self.out_features, rank)
-        self.plan = plan
+        self.plan, self._path = plan, config.path
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
@@ -174,14 +175,19 @@ class BlockLinear(AdaptedLinear):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) or (K, ..., D) -> (K, ..., F)."""
-        y, gates_KTE = self.base(x), self.plan.gates_KTE
-        if gates_KTE is None:
+        y: Tensor = self.base(x)
+        choices_KT = self.plan.choices_KT
+        if choices_KT is None:
             return y
-        x_RD, y_RF = self._flat(x, y)
-        if len(x_RD) == gates_KTE.shape[0] * gates_KTE.shape[1]:
-            return self._add(y_RF, x_RD, gates_KTE.flatten(0, 1)).view(y.shape)
-        each = [self._add(y_RF, x_RD, gate_TE) for gate_TE in gates_KTE]
-        return torch.stack(each).view(len(each), *y.shape)
+        if x.numel() // self.in_features == choices_KT.numel():
+            return self._add_expert(y, x, choices_KT.flatten(), overwrite=True)
+        return torch.stack([self._add_expert(y, x, choice_T) for choice_T in choices_KT])
+
+    def _add_expert(self, y: Tensor, x: Tensor, choice_R: Tensor, overwrite: bool = False) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
+        chosen = (choice_R.unsqueeze(1), torch.ones(len(choice_R), 1, device=x.device))
+        return add_routed(self._path, y, x, *factors, *chosen, overwrite=overwrite)
 
 
 class FfnLinear(AdaptedLinear):

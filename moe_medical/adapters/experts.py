@@ -112,7 +112,7 @@ class Dropout:
     """Masks over a layer's input that can be drawn again, so that they need not be kept.
 
     Sixteen random bits decide about each feature, several times faster on CPU than `bernoulli_`. They come
-    from the device's default generator, whose state activation checkpointing restores and a resumed run loads.
+    from the device's default generator, whose state activation checkpointing and a resumed run restore.
 
     Args:
         device: Of the input.

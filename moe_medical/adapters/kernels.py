@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from typing import Any
 
 import torch
@@ -199,8 +198,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-@cache
 def _kernels() -> Any:
-    from moe_medical.adapters import triton_kernels
+    from moe_medical.adapters import triton_kernels  # needs Triton
 
     return triton_kernels

@@ -17,14 +17,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
-from moe_medical.adapters.experts import add_low_rank, dense_gate
-from moe_medical.adapters.grouped import add_grouped, choose_path
+from moe_medical.adapters.experts import add_low_rank
+from moe_medical.adapters.grouped import add_routed
 from moe_medical.adapters.losses import router_loss_tap
 from moe_medical.adapters.routers import Router, new_router
 from moe_medical.adapters.routing import Routing, RoutingContext
@@ -38,6 +39,11 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where a base layer or block is; a quantised one may have buffers only."""
+    return next(chain(base.parameters(), base.buffers())).device
 
 
 class AdapterModule(nn.Module):
@@ -95,21 +101,13 @@ class AdaptedLinear(AdapterModule):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = sizes
         self.scaling, self.dropout, self._init_std = config.scaling, config.dropout, config.init_std
-        self._device = next(base.parameters()).device
+        self._device = device_of(base)
 
-    def _add(
-        self,
-        y_TF: Tensor,
-        x_TD: Tensor,
-        gate_TE: Tensor | None = None,
-        exchange: WeightExchange | None = None,
-    ) -> Tensor:
-        """The base layer's output y plus the low-rank delta of x."""
+    def _add(self, y: Tensor, x: Tensor, gate_TE: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """y plus the low-rank delta of x, into y itself where it is the base layer's fresh output."""
         dropout = self.dropout if self.training else 0.0
-        return add_low_rank(y_TF, x_TD, self.lora_A, self.lora_B, self.scaling, dropout, gate_TE, exchange)
-
-    def _flat(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
+        return add_low_rank(y, x, *factors, gate_TE, overwrite=overwrite)
 
     def _zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self._device))
@@ -158,17 +156,16 @@ class LoraLinear(AdaptedLinear):
         y: Tensor = self.base(x)
         if self.context.adapters_off:
             return y
-        x_TD, y_TF = self._flat(x, y)
-        return self._decomposed(self._add(y_TF, x_TD)).view(y.shape)
+        return self._decomposed(self._add(y, x, overwrite=True))
 
-    def _decomposed(self, y_TF: Tensor) -> Tensor:
+    def _decomposed(self, y: Tensor) -> Tensor:
         if self.magnitude is None:
-            return y_TF
+            return y
         with torch.no_grad():
             norm_F = (rows_of(self.base) + self.scaling * self.lora_B @ self.lora_A).norm(dim=1)
-        factor_F = (self.magnitude / norm_F).to(y_TF.dtype)
+        factor_F = (self.magnitude / norm_F).to(y.dtype)
         bias = getattr(self.base, "bias", None)
-        return y_TF * factor_F if bias is None else (y_TF - bias) * factor_F + bias
+        return y * factor_F if bias is None else (y - bias) * factor_F + bias
 
 
 @dataclass(frozen=True)
@@ -218,16 +215,7 @@ class MoloraLinear(AdaptedLinear):
         if self.seat.leads and router is None:
             self.router = new_router(config, self.in_features, generator).to(self._device)
         self._new_shared_experts(config, generator)
-        self._path = choose_path(
-            config.path,
-            config.num_experts,
-            config.expert_rank(config.num_experts),
-            config.active(config.num_experts),
-            self.in_features,
-            self.out_features,
-            self._device.type,
-            torch.get_default_dtype(),
-        )
+        self._path = config.path
         self.weight_exchange: WeightExchange | None = None
         self.token_exchange: TokenExchange | None = None
 
@@ -270,14 +258,13 @@ class MoloraLinear(AdaptedLinear):
         y: Tensor = self.base(x)
         if self.context.adapters_off:
             return y
-        x_TD, y_TF = self._flat(x, y)
-        y_TF = self._add_shared(y_TF, x_TD)
+        y = self._add_shared(y, x)
         if self.token_exchange is None:
-            return self._add_routed(y_TF, x_TD).view(y.shape)
+            return self._add_routed(y, x)
         received = self.token_exchange.dispatch(self.name, x)
         nothing_RF = y.new_zeros(()).expand(len(received.x_RD), self.out_features)
         delta_RF = self._add(nothing_RF, received.x_RD, received.gate_Re)
-        return received.combine(y_TF, delta_RF).view(y.shape)
+        return received.combine(y.reshape(-1, self.out_features), delta_RF).view(y.shape)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Choose each token's experts, and record it; or take what the scope's first layer has chosen."""
@@ -291,22 +278,22 @@ class MoloraLinear(AdaptedLinear):
         context.share(scope, routing, self.seat.followers)
         return routing
 
-    def _add_routed(self, y_TF: Tensor, x_TD: Tensor) -> Tensor:
-        routing = self.route(x_TD)
-        if self._path == "grouped" and self.weight_exchange is None:
-            dropout = self.dropout if self.training else 0.0
-            chosen = (routing.expert_ids_TK, routing.weights_TK)
-            return add_grouped(y_TF, x_TD, self.lora_A, self.lora_B, self.scaling, dropout, *chosen)
-        return self._add(y_TF, x_TD, dense_gate(routing), self.weight_exchange)
+    def _add_routed(self, y: Tensor, x: Tensor) -> Tensor:
+        routing = self.route(x.reshape(-1, self.in_features))
+        dropout = self.dropout if self.training else 0.0
+        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
+        chosen = (routing.expert_ids_TK, routing.weights_TK)
+        return add_routed(self._path, y, x, *factors, *chosen, self.weight_exchange, overwrite=True)
 
-    def _add_shared(self, y_TF: Tensor, x_TD: Tensor) -> Tensor:
+    def _add_shared(self, y: Tensor, x: Tensor) -> Tensor:
         if self.shared_A is None or self.shared_B is None:
-            return y_TF
+            return y
         dropout = self.dropout if self.training else 0.0
         scaling, gate_TS = self.scaling * self._shared_weight, None
         if self.shared_gate is not None:
-            scaling, gate_TS = self.scaling, self.shared_gate.expand(len(x_TD), -1)
-        return add_low_rank(y_TF, x_TD, self.shared_A, self.shared_B, scaling, dropout, gate_TS)
+            scaling, gate_TS = self.scaling, self.shared_gate.expand(x.numel() // self.in_features, -1)
+        factors = (self.shared_A, self.shared_B, scaling, dropout)
+        return add_low_rank(y, x, *factors, gate_TS, overwrite=True)
 
 
 def _alias(x: Tensor) -> Tensor:

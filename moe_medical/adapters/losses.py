@@ -126,8 +126,8 @@ class RoutingSums:
 
     def _variation(self, delta: float) -> tuple[Tensor, Tensor]:
         """CV^2(I) of each layer, and its derivative by I, (L, E)."""
-        experts_L1, weighted_LE = self._experts_L.unsqueeze(-1), self._signs_LCE(delta) * self.probs_LCE
-        weighted_LE = weighted_LE.sum(1)
+        experts_L1 = self._experts_L.unsqueeze(-1)
+        weighted_LE = (self._signs_LCE(delta) * self.probs_LCE).sum(1)
         mean_L1 = weighted_LE.sum(-1, keepdim=True) / experts_L1
         relative_LE = weighted_LE / mean_L1.clamp(min=_TINY)
         apart_LE = (relative_LE - (mean_L1 > 0).to(mean_L1.dtype)) * self._present_LE
@@ -149,6 +149,8 @@ class RoutingSums:
 
     @property
     def _experts_L(self) -> Tensor:
+        if len(set(self.num_experts)) == 1:  # filled on the device: a copy from the host would wait for it
+            return self.probs_LCE.new_full((len(self.num_experts),), self.num_experts[0])
         return self.probs_LCE.new_tensor(self.num_experts)
 
     @property

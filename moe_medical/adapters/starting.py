@@ -134,8 +134,8 @@ def _start_experts(
     ]
     if problems:
         raise ConfigError("adapters.experts_from", problems)
-    for layer in plain:
-        _copy(layer, *sources[0].factors(layer.name, layer.scaling))
+    for lora in plain:
+        _copy(lora, *sources[0].factors(lora.name, lora.scaling))
     for layer in routed:
         _copy_experts(layer, sources, noise, seed, shard)
 

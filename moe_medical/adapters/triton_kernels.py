@@ -1,7 +1,8 @@
+# mypy: ignore-errors
 """The kernels themselves; `kernels.py` launches them and says what they are for.
 
-Tensors are contiguous unless strides are passed: y, grad (T, F); hidden (T, H); gate (T, E); B (E, F, RANK), in
-which hidden unit h of expert h // RANK has its column at h % RANK. Masks cover ragged edges of every size.
+Tensors are contiguous unless strides are passed: y, grad (T, F); hidden (T, H); gate (T, E); B (E, F, RANK),
+where hidden unit h of expert h // RANK has its column at h % RANK. Masks cover ragged edges of every size.
 """
 
 from __future__ import annotations

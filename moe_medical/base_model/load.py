@@ -21,7 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from moe_medical.base_model.embedded import verify_checksums
 from moe_medical.base_model.locate import BaseModel
+from moe_medical.base_model.quantize import quantize_base
 from moe_medical.base_model.stored import StoredTensor, stored_tensors
+from moe_medical.config.schema import Quantization
 from moe_medical.errors import DataError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,17 +38,20 @@ class UnreadBase:
     """Parameter name -> its values on disk; a parameter that modules share is named once."""
 
 
-def load_base(base: BaseModel, dtype: str) -> nn.Module:
+def load_base(base: BaseModel, dtype: str, quantization: Quantization = "none") -> nn.Module:
     """The causal LM in the given dtype, without dropout of its own.
 
     Raises:
+        ConfigError: it cannot be quantised that way.
         DataError: damaged or missing weights, or a model type that this transformers does not know.
     """
     verify_checksums(base.folder)
     with _explained(base):
         config = _config(base)
         safe = {"use_safetensors": True, "trust_remote_code": False}
-        return _from_pretrained(base, AutoModelForCausalLM, base.folder, config=config, dtype=dtype, **safe)
+        model = _from_pretrained(base, AutoModelForCausalLM, base.folder, config=config, dtype=dtype, **safe)
+    quantize_base(model, quantization)
+    return model
 
 
 def load_unread_base(base: BaseModel, dtype: str) -> UnreadBase:
@@ -67,6 +72,17 @@ def load_unread_base(base: BaseModel, dtype: str) -> UnreadBase:
         )
         model.generation_config = _generation_config(base)
     return UnreadBase(model, _find_parameters(base, model, stored))
+
+
+def empty_base(base: BaseModel) -> nn.Module:
+    """The causal LM on the meta device: modules, names and shapes, from the config alone.
+
+    Raises:
+        DataError: a model type that this transformers does not know.
+    """
+    with _explained(base):
+        model: nn.Module = _empty_model(base)
+    return model
 
 
 def _from_pretrained(base: BaseModel, kind: Any, source: Any, dtype: str, **options: Any) -> nn.Module:

@@ -12,6 +12,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_medical.base_model.locate import BaseModel
 from moe_medical.errors import DataError
@@ -64,11 +65,16 @@ def weight_files(folder: Path) -> list[Path]:
 def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
-        shapes |= {k: v["shape"] for k, v in _read_header(path).items() if k != "__metadata__"}
+        shapes |= {k: v["shape"] for k, v in read_header(path).items() if k != "__metadata__"}
     return shapes
 
 
-def _read_header(path: Path) -> dict[str, dict[str, list[int]]]:
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> `dtype`, `shape` and `data_offsets`, which count from the end of the header.
+
+    Raises:
+        DataError: It is no safetensors file.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

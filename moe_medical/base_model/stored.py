@@ -29,10 +29,12 @@ class StoredTensor:
 
     Args:
         part: What `safe_open(...).get_slice(name)` returns.
+        path: The file.
+        name: Of the tensor in it.
     """
 
-    def __init__(self, part: Any) -> None:
-        self._part = part
+    def __init__(self, part: Any, path: Path, name: str) -> None:
+        self._part, self.path, self.name = part, path, name
         self._stand_in: Tensor | None = None
         self.shape = torch.Size(part.get_shape())
 
@@ -79,7 +81,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for path in weight_files(folder):
         try:
             file = safe_open(path, framework="pt", backend="pread")
-            found |= {name: StoredTensor(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            found |= {name: StoredTensor(file.get_slice(name), path, name) for name in names}
         except (OSError, SafetensorError) as e:
             raise DataError(f"{path} is not a readable safetensors file: {e}") from None
     return found

@@ -32,7 +32,7 @@ def load_base_for_engine(base: BaseModel, config: RunConfig, topology: Topology)
     """
     settings = deepspeed_settings(config, topology.world_size)
     if zero_stage(settings) < 3:
-        return load_base(base, config.model.dtype)
+        return load_base(base, config.model.dtype, config.model.quantization)
     return load_sharded_base(base, config.model.dtype, settings)
 
 

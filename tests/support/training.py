@@ -91,7 +91,8 @@ def step(trainer: Trainer, number: int, batches: Sequence[Batch] | None = None) 
     seed_step(trainer.config.run.seed, number, trainer.topology.rank)
     batches = trainer.batches.step(number) if batches is None else batches
     counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
-    own = accumulate(trainer.engine, trainer.context, trainer.router_losses, batches, counts)
+    where = (trainer.engine, trainer.context, trainer.router_losses)
+    own = accumulate(*where, batches, counts, paths=trainer.paths)
     loss, tokens, rows = trainer.topology.sum(own)
     norm = trainer.engine.step(learning_rate(trainer.config.training, number))
     present = tokens > 0

@@ -12,7 +12,7 @@ import pytest
 from support.launches import LAUNCH, run_to_end
 from support.tiny import write_tiny_run
 
-from moe_medical.adapters.interop import CONFIG_FILE, save_adapter
+from moe_medical.adapters.folder import CONFIG_FILE, save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base

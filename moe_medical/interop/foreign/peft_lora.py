@@ -1,0 +1,185 @@
+"""PEFT LoRA: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
+
+    base_model.model.MODULE.lora_A.weight                  (r, D)
+    base_model.model.MODULE.lora_B.weight                  (F, r)
+    base_model.model.MODULE.lora_magnitude_vector[.weight] (F,)    with `use_dora`; no `.weight` before 0.11
+
+Scaling is alpha / r, or alpha / sqrt(r) with `use_rslora`; `rank_pattern` and `alpha_pattern` give modules
+their own. `fan_in_fan_out` says how the base stores its weight, and changes nothing in A and B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moe_medical.config.presets import PRESETS
+from moe_medical.errors import Problem
+from moe_medical.interop.foreign.base import BaseLayers
+from moe_medical.interop.foreign.ledger import Ledger
+from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source
+from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale
+from moe_medical.interop.foreign.settings import END_OF_NAME, Settings
+
+PREFIX = "base_model.model."
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(lora_[AB](\.default)?\.weight|lora_magnitude_vector(\.default)?(\.weight)?)"
+)
+_HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+    "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "enable_lora", "merge_weights",
+    "init_r", "layers_pattern", "layers_to_transform", "target_modules", "exclude_modules", "r", "lora_alpha",
+    "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+}  # fmt: skip
+"""Keys that are read here, or that say nothing about the numbers once the adapter is trained."""
+_SAME_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""First values that leave the base's weights as they were; PiSSA, OLoRA, LoftQ and CorDA do not."""
+
+
+def read_peft_lora(source: Source) -> Imported:
+    """A PEFT LoRA folder -> preset `lora`."""
+    settings = source.settings()
+    check_settings(settings, "LORA")
+    dora = settings.flag("use_dora")
+    settings.refuse()
+    ledger = source.ledger(source.tensors(*WEIGHT_FILES))
+    names = foreign_modules(ledger, source.layers)
+    low_rank = take_loras(ledger, settings, source.layers, names)
+    magnitudes = (
+        {ours: _magnitude(ledger, name, source, ours) for name, ours in names.items()} if dora else {}
+    )
+    ledger.refuse()
+    scale, low_rank = common_scale(low_rank)
+    config = replace(
+        PRESETS["lora"],
+        rank=scale.rank,
+        alpha=scale.alpha,
+        rs_lora=scale.rs_lora,
+        dora=dora,
+        dropout=settings.share("lora_dropout"),
+        lora=source.layers.patterns(low_rank),
+    )
+    return Imported(config, low_rank, magnitudes=magnitudes)
+
+
+def check_settings(settings: Settings, *kinds: str, also: Collection[str] = ()) -> None:
+    """Refuse, by name, all that would give other numbers than A and B do.
+
+    Args:
+        settings: Of the folder.
+        kinds: Allowed values of `peft_type`.
+        also: Further keys that the caller reads.
+    """
+    settings.must_be("peft_type", *kinds)
+    settings.must_be("bias", "none", fix="Trained biases of the base have no place in an adapter here.")
+    if saved := settings.values.get("modules_to_save"):
+        fix = "Whole trained modules have no place in an adapter here."
+        settings.complain("modules_to_save", "must be empty", saved, fix)
+    fix = "It changed the base's weights: convert the adapter with PEFT before."
+    settings.must_be("init_lora_weights", *_SAME_BASE, fix=fix)
+    settings.must_be_unset(*sorted(settings.values.keys() - _HARMLESS - {"modules_to_save"} - set(also)))
+    _check_patterns(settings)
+    settings.whole("r")
+    settings.number("lora_alpha", zero=False)
+    settings.share("lora_dropout")
+    settings.flag("use_rslora")
+
+
+def _check_patterns(settings: Settings) -> None:
+    for key in ("target_modules", "exclude_modules"):
+        settings.patterns(key)
+    ranks, alphas = settings.by_pattern("rank_pattern"), settings.by_pattern("alpha_pattern")
+    for pattern in ranks.values:
+        ranks.whole(pattern)
+    for pattern in alphas.values:
+        alphas.number(pattern, zero=False)
+    layers = settings.values.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
+        settings.complain("layers_to_transform", "must be layer numbers", layers)
+
+
+def foreign_modules(ledger: Ledger, layers: BaseLayers) -> dict[str, str]:
+    """Foreign module name, as it stands before `.lora_A`, -> ours."""
+    matches = (_TENSOR.fullmatch(name) for name in ledger.tensors)
+    names = dict.fromkeys(match["module"] for match in matches if match)
+    bare = {name: name.removeprefix(PREFIX) for name in names}
+    return layers.resolve(bare, ledger.tensors, ledger.source)
+
+
+def take_loras(
+    ledger: Ledger, settings: Settings, layers: BaseLayers, names: Mapping[str, str]
+) -> dict[str, LowRank]:
+    """A and B of each module that the settings or the tensors name."""
+    wanted = targeted(settings, layers.sizes)
+    for name, ours in names.items():
+        if wanted is not None and ours not in wanted:
+            ledger.complain(Problem(name, "is not among target_modules"))
+    foreign = {ours: name for name, ours in names.items()}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in ledger.tensors) else ""
+    every = dict.fromkeys([*foreign, *(wanted or ())])
+    ordered = [name for name in layers.sizes if name in every]
+    return {o: _take_lora(ledger, settings, foreign.get(o, prefix + o), layers.sizes[o]) for o in ordered}
+
+
+def targeted(settings: Settings, names: Collection[str]) -> list[str] | None:
+    """Which linear layers `target_modules` means; None where it does not tell.
+
+    Names are ends of ours, whatever stands before them; a pattern may be of the names before a renaming.
+    """
+    layers = settings.values.get("layers_to_transform")
+    numbers = [layers] if isinstance(layers, int) else layers
+    chosen = [name for name in names if _is_named(settings, "target_modules", name)]
+    chosen = [name for name in chosen if not _is_named(settings, "exclude_modules", name)]
+    chosen = [name for name in chosen if not numbers or _number_of(name) in numbers]
+    told = isinstance(settings.values.get("target_modules"), list | dict)
+    return chosen if chosen or told else None
+
+
+def scale_of(settings: Settings, module: str) -> Scale:
+    """Rank and alpha of one module."""
+    rank = _by_pattern(settings.values.get("rank_pattern"), module, settings.whole("r"))
+    alpha = _by_pattern(settings.values.get("alpha_pattern"), module, settings.number("lora_alpha"))
+    return Scale(int(rank), float(alpha), settings.flag("use_rslora"))
+
+
+def _take_lora(ledger: Ledger, settings: Settings, name: str, size: tuple[int, int]) -> LowRank:
+    (in_features, out_features), scale = size, scale_of(settings, name.removeprefix(PREFIX))
+    A = ledger.take(_spelt(ledger, f"{name}.lora_A"), scale.rank, in_features)
+    B = ledger.take(_spelt(ledger, f"{name}.lora_B"), out_features, scale.rank)
+    return LowRank(A, B, scale)
+
+
+def _magnitude(ledger: Ledger, name: str, source: Source, ours: str) -> Any:
+    bare, out_features = f"{name}.lora_magnitude_vector", source.layers.sizes[ours][1]
+    spelt = bare if bare in ledger.tensors else _spelt(ledger, bare)
+    return ledger.take(spelt, out_features)
+
+
+def _spelt(ledger: Ledger, name: str) -> str:
+    """With the adapter's name, as in a state that was gathered by hand, or as PEFT writes it."""
+    named = f"{name}.default.weight"
+    return named if named in ledger.tensors else f"{name}.weight"
+
+
+def _is_named(settings: Settings, key: str, name: str) -> bool:
+    value = settings.values.get(key)
+    if isinstance(value, str):
+        return value == "all-linear" or re.fullmatch(value, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in settings.names(key))
+
+
+def _number_of(name: str) -> int | None:
+    number = re.search(r"\.(\d+)\.", name)
+    return None if number is None else int(number[1])
+
+
+def _by_pattern(patterns: Any, module: str, default: float) -> float:
+    """The first whose pattern matches the end of the name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(END_OF_NAME.format(pattern), module):
+            return float(value)
+    return default

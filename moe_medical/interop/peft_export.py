@@ -1,0 +1,228 @@
+"""`export peft`: an adapter with fixed gates as a plain LoRA that PEFT, vLLM and others load.
+
+Decisions:
+- Rank E * r: A holds the experts' A, B theirs with the gate folded into their columns, in float32. Folded
+  into one factor it is rounded once; as a square root in both, twice.
+- Scaling stays alpha / r = ours: a LoRA that has no experts goes out bit for bit, and `lora_alpha` is a whole
+  number, which other readers expect. Where ours allows none, it goes into B, and alpha is the rank.
+- Ranks that differ are in `rank_pattern`. vLLM wants one rank, and one that it knows: several tasks are
+  padded to it with zeros, which adds nothing.
+- PEFT's DoRA is for all modules or none: one without a magnitude gets the norm that it has, which changes
+  nothing.
+- PEFT is not imported: the format is two files.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moe_medical.base_model.embedded import EMBEDDED_NAME
+from moe_medical.errors import ConfigError, Problem
+from moe_medical.interop.effective import LowRank
+from moe_medical.interop.merge import is_transposed, merge_matrix, weight_places
+from moe_medical.interop.new_folder import check_new, folder_names, new_folder
+from moe_medical.interop.subject import Subject, check_fixed, fixed_loras, open_adapter
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+RECORD_FILE = "moe_medical_export.json"
+VLLM_ARGUMENTS, VLLM_INDEX = "vllm_lora_modules.txt", "vllm_lora_modules.json"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be from 8 on."""
+
+
+def export_peft(
+    adapter: Path,
+    out: Path,
+    tasks: Sequence[str] | None = None,
+    base: str | None = None,
+    gate: Sequence[float] | None = None,
+    only: Sequence[str] = (),
+    for_vllm: bool = False,
+) -> list[Path]:
+    """Write an adapter as a PEFT LoRA; for several tasks, or for vLLM, as a folder of them with an index.
+
+    Args:
+        adapter: Adapter folder.
+        out: The LoRA; for several tasks, or for vLLM, it holds one folder for each.
+        tasks: Whose gates are folded in; none where the adapter has no task gate.
+        base: Base model, where it is not the one the adapter names.
+        gate: Weights of the experts instead, the same in all modules: an average that token routers had, say.
+        only: Parts of the adapter, see `partial.restrict_adapter`; all where empty.
+        for_vllm: One rank that vLLM knows, and an index with its arguments; so with several tasks, too.
+
+    Returns:
+        The folders of the LoRAs.
+
+    Raises:
+        ConfigError: No fixed gate stands for the adapter, it does not fit, or the task is missing or unknown.
+        StorageError: The disk refused.
+    """
+    names: list[str | None] = [*folder_names(tasks)] if tasks else [None]
+    check_new(out)
+    for_vllm = for_vllm or len(names) > 1
+    subject = open_adapter(adapter, base, only)
+    if for_vllm and subject.config.dora:
+        fix = "Merge it instead, or export one task without --vllm."
+        raise ConfigError(str(adapter), [Problem("adapter", "must not be a DoRA: vLLM has none", fix=fix)])
+    for name in names:
+        check_fixed(subject, name, gate)
+    ranks: dict[str, int] = {}
+    with new_folder(out) as draft:
+        for name in names:
+            export, folder = _new_export(subject, name, gate, for_vllm), name or adapter.resolve().name
+            export.write(subject, draft / folder if for_vllm else draft)
+            ranks[folder] = export.rank
+        if for_vllm:
+            _write_index(subject, ranks, out, draft)
+    return [out / folder for folder in ranks] if for_vllm else [out]
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One LoRA, ready to be written."""
+
+    loras: dict[str, LowRank]
+    alphas: dict[str, float]
+    """`lora_alpha` of each module."""
+    rslora: bool
+    record: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """Of most modules, or the largest of those."""
+        ranks = [lora.rank for lora in self.loras.values()]
+        return max(ranks, key=lambda rank: (ranks.count(rank), rank))
+
+    def config(self, subject: Subject) -> dict[str, Any]:
+        """PEFT's `adapter_config.json`."""
+        rank = self.rank
+        alpha = next(self.alphas[name] for name, lora in self.loras.items() if lora.rank == rank)
+        ranks = {name: lora.rank for name, lora in self.loras.items() if lora.rank != rank}
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": _name_for_others(subject),
+            "revision": subject.base.revision,
+            "r": rank,
+            "lora_alpha": _whole(alpha),
+            "rank_pattern": ranks,
+            "alpha_pattern": {name: _whole(self.alphas[name]) for name in ranks},
+            "use_rslora": self.rslora,
+            "use_dora": any(lora.magnitude is not None for lora in self.loras.values()),
+            "target_modules": sorted(self.loras),
+            "fan_in_fan_out": any(is_transposed(subject.linears[name]) for name in self.loras),
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+    def write(self, subject: Subject, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        _write_json(folder / CONFIG_FILE, self.config(subject))
+        _write_json(folder / RECORD_FILE, self.record)
+        save_file(_peft_tensors(self.loras), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors makes it private
+
+
+def _new_export(subject: Subject, task: str | None, gate: Sequence[float] | None, for_vllm: bool) -> _Export:
+    loras, config = fixed_loras(subject, task, gate), subject.config
+    record = {
+        "adapter": str(subject.folder),
+        "task": task,
+        "gate": None if gate is None else list(gate),
+        "system_prompt": subject.meta.get("system_prompt"),
+    }
+    if for_vllm:
+        rank = _vllm_rank(subject, max(lora.rank for lora in loras.values()))
+        loras = {name: _padded(lora, rank) for name, lora in loras.items()}
+    elif not subject.routed:
+        loras = _with_magnitudes(subject, loras)
+        return _Export(loras, dict.fromkeys(loras, config.alpha), config.rs_lora, record)
+    loras = _with_magnitudes(subject, loras)
+    if any(not (lora.scaling * lora.rank).is_integer() for lora in loras.values()):
+        loras = {name: _unscaled(lora) for name, lora in loras.items()}
+    return _Export(loras, {name: lora.scaling * lora.rank for name, lora in loras.items()}, False, record)
+
+
+def _unscaled(lora: LowRank) -> LowRank:
+    return replace(lora, B=lora.B * lora.scaling, scaling=1.0)
+
+
+def _padded(lora: LowRank, rank: int) -> LowRank:
+    missing = rank - lora.rank
+    return replace(lora, A=pad(lora.A, (0, 0, 0, missing)), B=pad(lora.B, (0, missing)))
+
+
+def _vllm_rank(subject: Subject, rank: int) -> int:
+    fitting = [known for known in VLLM_RANKS if known >= rank]
+    if not fitting:
+        rule = f"comes to a LoRA of rank {rank}; vLLM serves up to {VLLM_RANKS[-1]}"
+        fix = "Merge it instead: `moe-medical merge`."
+        raise ConfigError(str(subject.folder), [Problem("adapter", rule, fix=fix)])
+    return fitting[0]
+
+
+def _with_magnitudes(subject: Subject, loras: dict[str, LowRank]) -> dict[str, LowRank]:
+    """Give every module a magnitude if one has it."""
+    without = [name for name, lora in loras.items() if lora.magnitude is None]
+    if not without or len(without) == len(loras):
+        return loras
+    places = weight_places(subject)
+    found = dict(loras)
+    for name in without:
+        weight = places[name].read().view(places[name].shape).float()
+        transposed = is_transposed(subject.linears[name])
+        merged = merge_matrix(weight, loras[name], transposed)
+        found[name] = replace(loras[name], magnitude=merged.norm(dim=0 if transposed else 1))
+    return found
+
+
+def _peft_tensors(loras: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, lora in loras.items():
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = lora.A.clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}.lora_B.weight"] = lora.B.clone(memory_format=torch.contiguous_format)
+        if lora.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = lora.magnitude.contiguous()
+    return tensors
+
+
+def _write_index(subject: Subject, ranks: Mapping[str, int], out: Path, draft: Path) -> None:
+    """What `vllm serve` is to be told: a line for the shell, and the same as JSON."""
+    rank, modules = max(ranks.values()), {name: str(out / name) for name in ranks}
+    arguments = ["--enable-lora", f"--max-loras={len(modules)}", f"--max-lora-rank={rank}", "--lora-modules"]
+    arguments += [f"{name}={path}" for name, path in modules.items()]
+    (draft / VLLM_ARGUMENTS).write_text(f"{shlex.join(arguments)}\n", encoding="utf-8")
+    index = {
+        "base_model": _name_for_others(subject),
+        "max_lora_rank": rank,
+        "max_loras": len(modules),
+        "lora_modules": [{"name": name, "path": path} for name, path in modules.items()],
+    }
+    _write_json(draft / VLLM_INDEX, index)
+
+
+def _name_for_others(subject: Subject) -> str:
+    """A hub id or folder; the embedded model has a name of ours, which nobody else knows."""
+    embedded = subject.base.name == EMBEDDED_NAME
+    return str(subject.base.folder) if embedded else subject.base.name
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Requests that wait, and the thread that answers them: the waiting ones of one adapter in one batch.
+
+Decisions: one thread computes, for one device has nothing to gain from more. A batch is all that waits for
+the adapter of the oldest request, up to a number of rows; what comes while it runs waits for the next. The
+queue is bounded: a request that finds it full is refused at once. Nothing of a request's text is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from moe_medical.evaluation.generate import EndReason, Row, Sampling
+from moe_medical.serving.adapted import Adapted
+from moe_medical.serving.wording import Wording
+
+_LOG = logging.getLogger(__name__)
+
+End = EndReason | Literal["error"]
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt, who is to continue it, and what has come of it."""
+
+    adapted: Adapted
+    prompt_ids: Sequence[int]
+    tasks: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    wording: Wording
+    ended: Callable[[End], None]
+    """Called once, from another thread, unless the request was cancelled."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, token: int) -> bool:
+        """The next token; True when there need be no more."""
+        return self.cancelled.is_set() or self.wording.take(token)
+
+    def end(self, reason: End) -> None:
+        """No more tokens come."""
+        if not self.cancelled.is_set():
+            if reason != "error":
+                self.wording.finish()
+            self.ended(reason)
+
+
+class Batching(Protocol):
+    """A way to answer requests that come at any time."""
+
+    def submit(self, request: Request) -> None:
+        """Answer it as soon as may be.
+
+        Raises:
+            QueueFull: too many wait.
+        """
+
+    def load(self) -> tuple[int, int]:
+        """Requests that wait, and that are being answered."""
+
+    def forget(self, adapted: Adapted) -> None:
+        """No more requests for this adapter will come; what it was kept for may be freed."""
+
+    def close(self) -> None:
+        """Answer what waits, then stop."""
+
+
+class Together:
+    """Requests of one adapter that wait together are one batch.
+
+    Args:
+        batch_rows: Of a batch, at most.
+        queue: Requests that may wait.
+    """
+
+    def __init__(self, batch_rows: int, queue: int) -> None:
+        self._batch_rows, self._queue = batch_rows, queue
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._changed, self._open = threading.Condition(), True
+        self._thread = threading.Thread(target=self._work, name="answers")
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """See `Batching`."""
+        with self._changed:
+            if len(self._waiting) >= self._queue:
+                raise QueueFull
+            self._waiting.append(request)
+            self._changed.notify()
+
+    def load(self) -> tuple[int, int]:
+        """See `Batching`."""
+        with self._changed:
+            return len(self._waiting), sum(not request.cancelled.is_set() for request in self._running)
+
+    def forget(self, adapted: Adapted) -> None:
+        """See `Batching`; nothing is kept for an adapter."""
+
+    def close(self) -> None:
+        """See `Batching`."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            run_batch(batch)
+            with self._changed:
+                self._running = []
+
+    def _next_batch(self) -> list[Request]:
+        """Waits for one; empty once all is done and closed."""
+        with self._changed:
+            while True:
+                self._waiting = [request for request in self._waiting if not request.cancelled.is_set()]
+                if self._waiting or not self._open:
+                    break
+                self._changed.wait()
+            same = [r for r in self._waiting if r.adapted is self._waiting[0].adapted][: self._batch_rows]
+            self._waiting = [request for request in self._waiting if request not in same]
+            self._running = same
+            return same
+
+
+def run_batch(batch: Sequence[Request]) -> None:
+    """Answer requests of one adapter; a failure ends those that had not ended."""
+    left = set(batch)
+
+    def ended(request: Request, reason: EndReason) -> None:
+        left.discard(request)
+        request.end(reason)
+
+    rows = [
+        Row(r.prompt_ids, r.max_new_tokens, r.sampling, r.take, lambda reason, r=r: ended(r, reason))
+        for r in batch
+    ]
+    try:
+        batch[0].adapted.continue_rows(rows, [request.tasks for request in batch])
+    except Exception as e:  # whatever a model can raise: the server has other requests to answer
+        _LOG.error("a batch of %d requests failed: %s", len(batch), type(e).__name__)
+        for request in left:
+            request.end("error")

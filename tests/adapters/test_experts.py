@@ -1,0 +1,253 @@
+"""The concat path: against plain autograd, into the base's output or beside it, and what it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from moe_medical.adapters.experts import Dropout, add_chosen, add_low_rank
+
+D, F, E, RANK, T, K = 6, 10, 4, 3, 5, 2
+SHAPES = {
+    "plain": ((RANK, D), (F, RANK), False),
+    "stacked": ((E, RANK, D), (E, F, RANK), False),
+    "gated": ((E, RANK, D), (E, F, RANK), True),
+    "shared_a": ((RANK, D), (E, F, RANK), True),
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def of_kind(kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    shape_A, shape_B, gated = SHAPES[kind]
+    return draw(*shape_A), draw(*shape_B), draw(T, E) if gated else None
+
+
+def by_expert(x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None) -> Tensor:
+    """sum_i g_i B_i A_i x, expert by expert."""
+    all_B = B if B.dim() == 3 else B[None]
+    gate = torch.ones(len(x), len(all_B), dtype=x.dtype) if gate is None else gate
+    all_A = A if A.dim() == 3 else A.expand(len(all_B), *A.shape)
+    return sum(g[:, None] * (x @ a.t() @ b.t()) for g, a, b in zip(gate.t(), all_A, all_B, strict=True))
+
+
+def routing() -> tuple[Tensor, Tensor]:
+    ids_TK = torch.rand(T, E, generator=torch.Generator().manual_seed(5)).topk(K).indices
+    return ids_TK, draw(T, K)
+
+
+def dense(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    return torch.zeros(T, E, dtype=weights_TK.dtype).scatter(-1, ids_TK, weights_TK)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_equals_a_loop_over_experts_and_its_gradient_is_right(kind: str):
+    y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind(kind)
+    torch.testing.assert_close(add_low_rank(y, x, A, B, 2.0, 0.0, gate), y + 2 * by_expert(x, A, B, gate))
+
+    def of(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        y, x, A, B, *gate = inputs
+        return add_low_rank(y, x, A, B, 2.0, 0.3, *gate)
+
+    assert torch.autograd.gradcheck(of, tuple(t for t in (y, x, A, B, gate) if t is not None))
+
+
+@pytest.mark.parametrize("kind", ["gated", "shared_a"])
+def test_chosen_experts_equal_the_dense_gate(kind: str):
+    y, x, (A, B, _), (ids, weights) = draw(T, F), draw(T, D), of_kind(kind), routing()
+    expected = add_low_rank(y, x, A, B, 2.0, 0.0, dense(ids, weights))
+    assert torch.equal(add_chosen(y, x, A, B, 2.0, 0.0, ids, weights), expected)
+
+    def of(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return add_chosen(*inputs[:4], 2.0, 0.3, ids, inputs[4])
+
+    assert torch.autograd.gradcheck(of, (y, x, A, B, weights))
+
+
+class Alias(torch.autograd.Function):
+    """What ZeRO-3's hooks return: another tensor over the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, view: bool) -> Tensor:
+        return y.view_as(y) if view else y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_through_an_overwritten_base_output(dropout: float, alias: bool):
+    x, weight, (A, B, gate) = draw(1, T, D), draw(F, D, seed=1), of_kind("gated")
+
+    def of(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        y = Alias.apply(x @ weight.t(), False) if alias else x @ weight.t()
+        memory = y.data_ptr()
+        y = add_low_rank(y, x, A, B, 2.0, dropout, gate, overwrite=True)
+        assert y.data_ptr() == memory
+        return y * y
+
+    assert torch.autograd.gradcheck(of, (x, weight, A, B, gate))
+
+
+def outputs_that_must_stay() -> dict[str, Any]:
+    linear, conv = nn.Linear(D, F).double().requires_grad_(False), Conv1D(F, D).double().requires_grad_(False)
+    hooked = nn.Linear(D, F, bias=False).double()
+    hooked.register_full_backward_hook(lambda *_: None)
+    return {
+        "leaf": lambda x: draw(1, T, F, seed=3),
+        "view of a linear with bias": linear,
+        "view of Conv1D": conv,
+        "view from a function": lambda x: Alias.apply(linear(x), True),
+        "backward hook": hooked,
+        "expanded": lambda x: x.new_zeros(()).expand(1, T, F),
+        "transposed": lambda x: draw(1, F, T, seed=3).transpose(1, 2) * 1,
+        "parameter": lambda x: nn.Parameter(draw(1, T, F, seed=3).detach()),
+    }
+
+
+@pytest.mark.parametrize("case", outputs_that_must_stay())
+def test_outputs_that_autograd_guards_stay_as_they_are(case: str):
+    x, (A, B, gate), base = draw(1, T, D), of_kind("gated"), outputs_that_must_stay()[case]
+    y = base(x)
+    before = y.detach().clone()
+    result = add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True)
+    assert torch.equal(y, before)
+    torch.testing.assert_close(result, (before + 2 * by_expert(x[0], A, B, gate)).view(1, T, F))
+    ours = torch.autograd.grad(result.square().sum(), (x, A, B, gate), retain_graph=True)
+    plain = base(x) + 2 * by_expert(x[0], A, B, gate)
+    for got, expected in zip(ours, torch.autograd.grad(plain.square().sum(), (x, A, B, gate)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_nothing_is_overwritten_unasked_and_a_saved_output_is_noticed():
+    x, (A, B, gate) = draw(T, D), of_kind("gated")
+    y = x @ draw(D, F)
+    before = y.detach().clone()
+    add_low_rank(y, x, A, B, 2.0, 0.0, gate)
+    assert torch.equal(y, before)
+    result = add_low_rank(y.sigmoid(), x, A, B, 2.0, 0.0, gate, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_without_gradients_any_owned_output_is_overwritten():
+    x, (A, B, gate), base = draw(1, T, D), of_kind("gated"), Conv1D(F, D).double()
+    with torch.no_grad():
+        y = base(x)
+        expected = y + 2 * by_expert(x[0], A, B, gate)
+        assert add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True) is y
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant: bool):
+    x, weight, (A, B, _), (ids, weights) = draw(1, T, D), draw(F, D, seed=1), of_kind("gated"), routing()
+
+    def block(x: Tensor) -> Tensor:
+        y = x @ weight.t()
+        return add_chosen(y, x, A, B, 2.0, 0.5, ids, weights, overwrite=True).tanh()
+
+    def gradients(through: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        for leaf in (x, weight, A, B, weights):
+            leaf.grad = None
+        y = through(x)
+        y.square().sum().backward()
+        return (y.detach(), *(leaf.grad for leaf in (x, weight, A, B, weights)))
+
+    plain = gradients(block)
+    again = gradients(lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_compiled_numbers_are_the_same_and_dropout_acts():
+    y, x, (A, B, _) = draw(T, F), draw(T, D), of_kind("plain")
+    compiled = torch.compile(add_low_rank, backend="aot_eager", fullgraph=True)
+
+    def gradients(add: Any, dropout: float) -> tuple[Tensor, ...]:
+        result = add(y * 1, x, A, B, 2.0, dropout, overwrite=True)
+        return (result, *torch.autograd.grad(result.square().sum(), (y, x, A, B)))
+
+    for got, expected in zip(gradients(compiled, 0.0), gradients(add_low_rank, 0.0), strict=True):
+        torch.testing.assert_close(got, expected)
+    result, *_, grad_B = gradients(compiled, 0.5)
+    assert not torch.allclose(result, add_low_rank(y, x, A, B, 2.0))
+    delta = (result - y).detach()  # the same mask in both passes: B's gradient fits the units that were used
+    torch.testing.assert_close((2 * result.detach() * delta).sum(), (grad_B * B).sum().detach())
+
+
+def test_autocast_computes_in_the_dtype_of_the_output():
+    base, x = nn.Linear(D, F, bias=False), draw(1, T, D).detach().float().requires_grad_()
+    A, B, gate = (t.detach().float().requires_grad_() for t in of_kind("gated"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = base(x)
+        result = add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True)
+    assert result is y
+    assert result.dtype == torch.bfloat16
+    result.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in (x, A, B, gate))
+    torch.testing.assert_close(
+        result.float(), base(x) + 2 * by_expert(x[0], A, B, gate), rtol=0.05, atol=0.3, check_dtype=False
+    )
+
+
+def test_a_mask_is_drawn_again_as_it_was_and_from_the_global_state():
+    x = torch.empty(300, 401)  # no multiple of what one random word decides about
+    torch.manual_seed(3)
+    dropout = Dropout(x.device, 0.05)
+    first, other = dropout.mask(x), Dropout(x.device, 0.05).mask(x)
+    assert torch.equal(first, dropout.mask(x, again=True))
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    assert torch.equal(first, Dropout(x.device, 0.05).mask(x))
+    assert dropout.keep == pytest.approx(0.95, abs=1 / 65536)
+    kept = first.double().mean().item()
+    assert kept == pytest.approx(dropout.keep, abs=4 * (0.05 * 0.95 / x.numel()) ** 0.5)
+    columns = first.double().mean(0)  # no position of a word is special
+    assert all(abs(columns[i::4].mean().item() - 0.95) < 0.005 for i in range(4))
+
+
+@pytest.mark.parametrize("kind", ["gated", "shared_a"])
+def test_kept_for_backward_are_the_input_the_chosen_units_and_the_routing(kind: str):
+    x, (A, B, _), (ids, weights) = draw(1, T, D), of_kind(kind), routing()
+    y, kept = draw(1, T, F) * 1, {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = add_chosen(y, x, A, B, 2.0, 0.3, ids, weights, overwrite=True)
+    assert result.requires_grad
+    shared = {t.data_ptr() for t in (x, A, B, ids, weights)}
+    assert shared <= kept.keys()
+    units = T * (RANK if kind == "shared_a" else K * RANK) * 8
+    assert sum(size for pointer, size in kept.items() if pointer not in shared) == units
+
+
+def test_frozen_experts_and_gates_get_no_gradient():
+    y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
+    frozen = [t.detach() for t in (A, B, gate)]
+    add_low_rank(y, x, *frozen[:2], 2.0, 0.0, frozen[2]).sum().backward()
+    expected = torch.autograd.grad((2 * by_expert(x, A, B, gate)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+    assert all(t.grad is None for t in frozen)
+
+
+def test_experts_of_a_shard_need_an_exchange():
+    y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
+    with pytest.raises(AssertionError, match="needs an exchange"):
+        add_low_rank(y, x, A[:2], B[:2], 2.0, 0.0, gate)
