@@ -9,14 +9,14 @@ round, each time another one first; one thread. Before anything is timed, arms t
 function are given the same numbers and their logits compared.
 
 timed        forward from token ids to logits, mean of their squares, backward; no optimizer step, no router
-             loss. `base` starts at the embeddings' output and back-propagates to it: a little further than
-             adapters do, whose backward ends at the first adapted layer.
+             loss. `base` starts at the embeddings' output and back-propagates to it, a little further than
+             adapters do; the second arm of the base ends its backward where theirs does.
 cpu_ms       time of the process over all its threads; stands on a busy machine, where wall_ms does not
 saved_mib    storages that autograd holds for backward, each once, without parameters and buffers (nor what an
              operator keeps beside its saved tensors: of ours that is the state of a random generator)
 same_as      arm of ours with the same function; `deviation` is the norm of the difference of a token's
              logits, relative to that of what the adapters change, median over the tokens
-if free      what a ratio would be if our adapters cost nothing over the base alone: no code can do better
+if free      what a ratio would be if our adapters cost nothing, over that second arm
 
 What ran is on disk after each part, so that a run that is stopped leaves what it has.
 """

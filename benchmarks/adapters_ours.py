@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from adapters_case import SCALING, SEED, TASKS, Arm, Case, Kind, plain_logits
-from torch import nn
+from torch import Tensor, nn
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import FFN, MoloraConfig
 
+BASE, FLOOR = "base", "base, backward as of adapters"
 TOKEN, TASK, BLOCK = "ours token", "ours task", "ours block"
 
 
@@ -23,6 +24,18 @@ def base_alone(case: Case) -> Arm:
     embedded_BSD = model.get_input_embeddings()(case.ids_BS).detach().requires_grad_()
     logits = lambda: model(inputs_embeds=embedded_BSD, use_cache=False).logits  # noqa: E731
     return Arm(model, logits, [], leaves=[embedded_BSD])
+
+
+def base_as_far(case: Case) -> Arm:
+    """Backward ends where the first adapters' gradients begin: what all arms with adapters have to do."""
+    model = case.model()
+    for name in case.linears:
+        model.get_submodule(name).register_forward_hook(_begin_gradient)
+    return Arm(model, lambda: plain_logits(model, case), [])
+
+
+def _begin_gradient(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+    return y if y.requires_grad else y.detach().requires_grad_()
 
 
 def settings(case: Case, dropout: float = 0.0, **more: Any) -> MoloraConfig:
@@ -107,7 +120,8 @@ def _kind(name: str, build: Any, gate: str, **more: Any) -> Kind:
 
 
 KINDS = (
-    Kind("base", base_alone, "base", "none", lead=True, note="backward to the embeddings' output"),
+    Kind(BASE, base_alone, "base", "none", lead=True, note="backward to the embeddings' output"),
+    Kind(FLOOR, base_as_far, "base", "none", lead=True, note="backward to the first adapted outputs"),
     _kind(TOKEN, token_arm, "token, top-k", lead=True, note="path auto"),
     _kind(f"{TOKEN}, concat", partial(token_arm, path="concat"), "token, top-k", same_as=TOKEN),
     _kind(f"{TOKEN}, grouped", partial(token_arm, path="grouped"), "token, top-k", same_as=TOKEN),

@@ -9,7 +9,7 @@ import torch
 
 GROUPS = {
     "attention": ("attention",),
-    "matrix products": ("mm", "linear", "matmul", "einsum", "lowrank", "grouped"),
+    "matrix products": ("mm", "linear", "matmul", "einsum"),
     "gather and scatter": ("gather", "scatter", "index", "select", "sort", "nonzero", "one_hot", "where"),
     "softmax and top-k": ("softmax", "topk", "logsumexp"),
     "dropout": ("dropout", "bernoulli"),
@@ -47,11 +47,10 @@ def _profile(action: Callable[[], object], times: int) -> dict[str, Any]:
 
 
 def group_of(operator: str) -> str:
-    name = operator.removeprefix("aten::").lower()
-    for group, parts in GROUPS.items():
-        if any(part in name for part in parts):
-            return group
-    return "autograd itself" if "backward" in name or name.startswith("autograd") else "the rest"
+    if not operator.startswith("aten::"):
+        return "autograd and Python"
+    name = operator.removeprefix("aten::")
+    return next((group for group, parts in GROUPS.items() if any(p in name for p in parts)), "the rest")
 
 
 def in_words(profiles: dict[str, Any], ours: str, other: str, unit: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_generation import BASE, MERGED, PEFT, UNMERGED_TASK, UNMERGED_TOKEN
 from adapters_measure import ratio
-from adapters_ours import TOKEN
+from adapters_ours import FLOOR, TOKEN
 
 LORA, MING = "PEFT LoRA E*r", "MING's form"
 
@@ -24,7 +24,7 @@ def _of_case(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for suffix in ("", ", dropout"):
         ours, lora = TOKEN + suffix, LORA + suffix
         if ours in measured and lora in measured:
-            free = _ratio(case, "base", lora)["median"]
+            free = _ratio(case, FLOOR, lora)["median"]
             yield _aim(f"step time, ours / {lora}", where, _ratio(case, ours, lora), free, most=1.0)
             saved = {
                 name: measured[name]["saved_mib"] / measured[lora]["saved_mib"] for name in (ours, "base")
@@ -38,7 +38,7 @@ def _of_case(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
     fastest = min(peers, key=lambda name: measured[name][_clock(case)]["median"], default="")
     for name, what, least in ((fastest, f"fastest token-routed peer ({fastest})", 1.5), (MING, MING, 2.0)):
         if name in measured:
-            free = _ratio(case, name, "base")["median"]
+            free = _ratio(case, name, FLOOR)["median"]
             yield _aim(f"{what} / ours", where, _ratio(case, name, TOKEN), free, least=least)
 
 
@@ -80,7 +80,7 @@ def _aim(
     most: float | None = None,
     least: float | None = None,
 ) -> dict[str, Any]:
-    """One aim; `free` is the ratio if our adapters cost nothing over the base alone."""
+    """One aim; `free` is the ratio if our adapters cost nothing."""
     met = found["median"] <= most if most is not None else found["median"] >= (least or 0.0)
     limit = {"at_most": round(most, 4)} if most is not None else {"at_least": least}
     known = {"aim": what, "where": where, "ratio": found, "if_adapters_cost_nothing": round(free, 4)}

@@ -228,7 +228,7 @@ def seesaw() -> str:
 
 
 IN_README = (
-    "base",
+    "base, backward as of adapters",
     "PEFT LoRA E*r",
     "ours token",
     "ours task",

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import served
 from support.exporting import write_adapter
 from support.foreign import write_theirs
 from support.tiny import ROOT, write_tiny_model, write_tiny_run
 
 from moe_medical import cli
 from moe_medical.config import MoloraConfig, load_config
+from moe_medical.ports import free_port
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -117,6 +119,24 @@ def test_the_commands_of_adapters_run(tmp_path: Path, monkeypatch: pytest.Monkey
         other = tmp_path / f"{number}.yaml"
         other.write_text(yaml.safe_dump({**yaml.safe_load(run.read_text()), **yaml.safe_load(block)}))
         load_config(other)
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_serving_run(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    served.write_adapter(tmp_path / "ADAPTER", model, served.gate_config())
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    script = "\n".join(blocks).replace("8000", str(free_port()))
+    script = script.replace("moe-medical ", f"{sys.executable} -m moe_medical ")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer.get("task") for answer in answers] == [None, "size"]
+    reply = json.loads((tmp_path / "reply.json").read_text())
+    assert reply["choices"][0]["message"]["content"] == answers[1]["answer"]
+    assert "data: [DONE]" in done.stdout
 
 
 def test_pages_show_what_was_measured() -> None:

@@ -51,7 +51,8 @@ def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
 
 def _ranges(a: MoloraConfig) -> Iterator[Problem]:
     for key in ("num_experts", "rank", "alpha", "temperature", "groups"):
-        yield from _rule(f"adapters.{key}", getattr(a, key), getattr(a, key) > 0, "must be > 0")
+        value = getattr(a, key)
+        yield from _rule(f"adapters.{key}", value, 0 < value < math.inf, "must be finite and > 0")
     bands = a.experts_per_layer
     yield from _rule("adapters.experts_per_layer", list(bands), all(n > 0 for n in bands), "must be > 0")
     fewest = min(bands, default=a.num_experts)
@@ -61,7 +62,7 @@ def _ranges(a: MoloraConfig) -> Iterator[Problem]:
     yield from _rule("adapters.top_k", a.top_k, 0 <= a.top_k <= fewest, rule)
     for key in ("dropout", "jitter", "localized_delta"):
         yield from _rule(f"adapters.{key}", getattr(a, key), 0 <= getattr(a, key) < 1, "must be in [0, 1)")
-    keys = ("init_std", "shared_experts", *(f"{name}_coefficient" for name in _COEFFICIENTS))
+    keys = ("init_std", "shared_experts", "shared_weight", *(f"{name}_coefficient" for name in _COEFFICIENTS))
     for key in keys:
         value = getattr(a, key)
         yield from _rule(f"adapters.{key}", value, 0 <= value < math.inf, "must not be negative")
@@ -84,7 +85,9 @@ def _routers(a: MoloraConfig) -> Iterator[Problem]:
         rule = f"must be 0 under a {a.router} router, which has no input of its own"
         yield Problem("adapters.jitter", rule, a.jitter)
     if a.router == "threshold" and a.active() != a.max_experts:
-        yield Problem("adapters.top_k", "must be 0 under a threshold router, which sets their number", a.top_k)
+        yield Problem(
+            "adapters.top_k", "must be 0 under a threshold router, which sets their number", a.top_k
+        )
     if a.selection == "sample" and a.active() == a.max_experts:
         rule = "must be `top_k` where every expert is used: there is nothing to draw"
         yield Problem("adapters.selection", rule, a.selection)
@@ -105,6 +108,11 @@ def _experts(a: MoloraConfig) -> Iterator[Problem]:
         yield Problem("adapters.shared_experts", rule, a.shared_experts)
     if a.experts != "linear" and a.router == "xlora":
         yield Problem("adapters.experts", "must be `linear` under X-LoRA", a.experts)
+    elif a.experts != "linear" and a.router_scope not in ("block", "model"):
+        rule = f"must be `block` or `model` with `experts: {a.experts}`, which are whole blocks"
+        yield Problem("adapters.router_scope", rule, a.router_scope)
+    if a.experts == "ffn" and not a.lora and a.dropout:
+        yield Problem("adapters.dropout", "must be 0 where full FFN copies are all there is", a.dropout)
     if a.learn_shared_weight and not a.shared_experts:
         rule = "must be false without shared_experts: there is no weight to learn"
         yield Problem("adapters.learn_shared_weight", rule, True)
@@ -132,6 +140,9 @@ def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
     if len(folders) not in (0, 1, a.num_experts) or (len(folders) == 1 and a.freeze_experts):
         rule = f"must name one adapter that all copy, or {a.num_experts}, one for each expert"
         yield Problem("adapters.experts_from", rule, len(folders))
+    if section.start_noise is not None and (section.start_noise < 0 or len(folders) != 1):
+        rule = "must not be negative, and is for the copies of one adapter in adapters.experts_from"
+        yield Problem("adapters.start_noise", rule, section.start_noise)
     if folders and a.experts == "ffn":
         yield Problem("adapters.experts_from", "must be left out with `experts: ffn`", list(folders))
     paths = [*folders, *([section.router_from] if section.router_from else [])]
@@ -147,6 +158,9 @@ def _losses(a: MoloraConfig) -> Iterator[Problem]:
             yield Problem(
                 f"adapters.{name}_coefficient", "must be 0 under X-LoRA, which routes no token", name
             )
+    if a.freeze_router:
+        for name in active:
+            yield Problem(f"adapters.{name}_coefficient", "must be 0 with a frozen router", None)
     if "localized" in active and not a.localized_tasks:
         rule = "must name the tasks of the first kind for the localized balance"
         yield Problem("adapters.localized_tasks", rule, [])

@@ -139,12 +139,11 @@ def _of_base(model: AdaptedModel, workload: Workload) -> float:
 
 
 def _of_adapters(model: AdaptedModel, workload: Workload) -> float:
-    adapters, size = model.adapters, workload.itemsize
-    masks = sum(model.base.linears[name].in_features for name in model.kinds) if adapters.dropout else 0
-    plain = adapters.rank * (len(model.kinds) - len(model.routed))
-    experts = [model.settings(name).num_experts for name in model.routed]
-    hidden_units = plain + sum(n * adapters.expert_rank(n) for n in experts)
-    return masks + size * hidden_units + FLOAT32 * sum(experts)
+    """Hidden units, of the chosen experts only; no mask of dropout, which is drawn again."""
+    plain = model.adapters.rank * (len(model.kinds) - len(model.routed))
+    layers = [model.settings(name) for name in model.routed]
+    chosen = sum(at.active() * at.expert_rank() for at in layers)
+    return float(workload.itemsize * (plain + chosen))
 
 
 def _of_routings(model: AdaptedModel) -> float:
@@ -160,7 +159,7 @@ def _received(group: RoutedGroup, model: AdaptedModel, layout: Layout, workload:
     journey = reach(adapters.num_experts, adapters.active(), layout.ep_size, members)
     alone = reach(adapters.num_experts, adapters.active(), layout.ep_size)
     copied = size * group.in_features if members > 1 else 0
-    per_member = copied + group.in_features * (adapters.dropout > 0) + size * own * adapters.expert_rank()
+    per_member = copied + size * own * adapters.expert_rank()
     per_row = journey * (size * group.in_features + FLOAT32 * members * own) + alone * members * per_member
     return per_row * layout.ep_size * workload.tokens
 

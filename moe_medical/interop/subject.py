@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def open_adapter(folder: Path, base: str | None = None, only: Sequence[str] = ()
         SecurityRefusal: Weights exist only as pickle.
     """
     config, meta, state = load_adapter(folder)
+    config = replace(config, path="auto")  # how it was computed is no part of what it is
     name = base or meta["base_model"]
     located = locate_base(ModelSection(name, meta["base_revision"] if name == meta["base_model"] else None))
     if located.name != meta["base_model"]:

@@ -135,16 +135,16 @@ def run_batch(batch: Sequence[Request]) -> None:
     """Answer requests of one adapter; a failure ends those that had not ended."""
     left = set(batch)
 
-    def ended(request: Request, reason: EndReason) -> None:
-        left.discard(request)
-        request.end(reason)
+    def row(request: Request) -> Row:
+        def ended(reason: EndReason) -> None:
+            left.discard(request)
+            request.end(reason)
 
-    rows = [
-        Row(r.prompt_ids, r.max_new_tokens, r.sampling, r.take, lambda reason, r=r: ended(r, reason))
-        for r in batch
-    ]
+        return Row(request.prompt_ids, request.max_new_tokens, request.sampling, request.take, ended)
+
     try:
-        batch[0].adapted.continue_rows(rows, [request.tasks for request in batch])
+        tasks = [request.tasks for request in batch]
+        batch[0].adapted.continue_rows([row(request) for request in batch], tasks)
     except Exception as e:  # whatever a model can raise: the server has other requests to answer
         _LOG.error("a batch of %d requests failed: %s", len(batch), type(e).__name__)
         for request in left:

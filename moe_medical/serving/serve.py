@@ -67,8 +67,9 @@ def serve_adapters(adapters: Sequence[str], settings: ServeSettings, allow_chang
             # uvicorn sends itself SIGTERM again when it has drained; the end is then no failure.
             signal.signal(signal.SIGTERM, lambda *_: None)
             _announce(listener, settings, service.models())
-            options = {"log_config": None, "access_log": False, "server_header": False}
-            uvicorn.Server(uvicorn.Config(create_app(service, key), **options)).run(sockets=[listener])
+            app = create_app(service, key)
+            config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+            uvicorn.Server(config).run(sockets=[listener])
         finally:
             batching.close()
 

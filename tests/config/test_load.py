@@ -189,7 +189,7 @@ def test_overrides_of_a_wrong_form(folder: Path) -> None:
         ("parallel.ranks=0", "parallel.ranks must be at least 1, got 0."),
         ("evaluation.score_rows=-1", "evaluation.score_rows must not be negative, got -1."),
         ("adapters.dropout=1", "adapters.dropout must be in [0, 1), got 1.0."),
-        ("adapters.rank=0", "adapters.rank must be > 0, got 0."),
+        ("adapters.rank=0", "adapters.rank must be finite and > 0, got 0."),
         (
             "adapters.preset=mingmoe",
             "adapters.preset must be one of adamole, hydralora, lora, lora_moe, med_moe, ming_moe, mixlora, "
