@@ -44,9 +44,9 @@ def choose_path(
 ) -> str:
     """`concat`, `grouped` or `triton`: what was asked for, or the fastest that fits for `auto`.
 
-    With rho = E * rank * (D + F) / (D * F), the concat path's FLOPs over the base layer's,
-    `grouped` is taken from rho > K / 6 on, with K below E. Measured are the time of concat over that of grouped,
-    forward and backward of the adapter alone, CPU, one thread, float32:
+    With rho = E * rank * (D + F) / (D * F), the concat path's FLOPs over the base layer's, `grouped` is taken
+    from rho > K / 6 on, with K below E. Measured: the time of concat over that of grouped, forward and
+    backward of the adapter alone, CPU, one thread, float32.
 
         D -> F         T    E8 r8   E8 r16  E16 r16  E64 r16   (K 2)
         768 -> 2048    512  0.5     0.8     1.3      4.4

@@ -171,6 +171,7 @@ def test_every_tensor_that_is_wrong_is_named(base: Path, tmp_path: Path) -> None
         ("bias", "lora_only"),
         ("init_lora_weights", "pissa"),
         ("lora_bias", True),
+        ("enable_lora", [True, False, True]),
         ("use_qalora", True),
         ("layer_replication", [[0, 2]]),
         ("target_parameters", ["mlp.experts.down_proj"]),

@@ -61,6 +61,7 @@ def read_ming(source: Source) -> Imported:
     """A MING folder -> preset `ming_moe`."""
     settings, model = source.settings(), source.settings(MODEL_FILE)
     check_settings(settings, "LORA")
+    settings.must_be_unset("use_dora")
     experts = _Experts.of(model)
     settings.refuse()
     model.refuse()

@@ -30,8 +30,7 @@ _TENSOR = re.compile(
 _HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
-    "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "enable_lora", "merge_weights",
-    "init_r", "layers_pattern", "layers_to_transform", "target_modules", "exclude_modules", "r", "lora_alpha",
+    "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "merge_weights", "layers_pattern", "layers_to_transform", "target_modules", "exclude_modules", "r", "lora_alpha",
     "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
 }  # fmt: skip
 """Keys that are read here, or that say nothing about the numbers once the adapter is trained."""
