@@ -26,15 +26,12 @@ def _of_case(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if ours in measured and lora in measured:
             free = _ratio(case, FLOOR, lora)["median"]
             yield _aim(f"step time, ours / {lora}", where, _ratio(case, ours, lora), free, most=1.0)
-            saved = {
-                name: measured[name]["saved_mib"] / measured[lora]["saved_mib"] for name in (ours, "base")
-            }
-            yield _aim(f"saved bytes, ours / {lora}", where, _alone(saved[ours]), saved["base"], most=0.95)
+            saved, free = (arms[name]["saved_mib"] / arms[lora]["saved_mib"] for name in (ours, FLOOR))
+            yield _aim(f"saved bytes, ours / {lora}", where, _alone(saved), free, most=0.95)
     if TOKEN not in measured:
         return
-    peers = [
-        n for n, arm in measured.items() if arm["family"] in ("package", "peft") and arm["routes_tokens"]
-    ]
+    routed = [name for name, arm in measured.items() if arm["routes_tokens"]]
+    peers = [name for name in routed if arms[name]["family"] in ("package", "peft")]
     fastest = min(peers, key=lambda name: measured[name][_clock(case)]["median"], default="")
     for name, what, least in ((fastest, f"fastest token-routed peer ({fastest})", 1.5), (MING, MING, 2.0)):
         if name in measured:

@@ -267,7 +267,8 @@ def _of_tasks(embedding_JH: Tensor, weight_EH: Tensor, task_ids: Tensor | None, 
         return logits_JE[task_ids]
     known_TM1 = (task_ids >= 0).unsqueeze(-1)
     each_TME = logits_JE[task_ids.clamp(min=0)] * known_TM1
-    return each_TME.sum(1) / known_TM1.sum(1).clamp(min=1)
+    mean_TE = each_TME.sum(1) / known_TM1.sum(1).clamp(min=1)
+    return torch.where(known_TM1.any(1), mean_TE, logits_JE.mean(0))
 
 
 def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:

@@ -151,7 +151,7 @@ class RoutingContext:
         Args:
             task_ids_B: Task of each row; or (B, M), several tasks, -1 where there are fewer.
             prompt_mask_BS: True on the tokens of the prompts, which a sequence router needs. What it decides
-                for them holds for forward passes of other lengths, until the binding ends.
+                for them in the first forward pass holds until the binding ends.
         """
         self._refuse_second()
         self.task_ids_BS = None if task_ids_B is None else task_ids_B[:, None]
@@ -188,12 +188,13 @@ class RoutingContext:
     ) -> SideInputs:
         """What is bound, for a layer's tokens."""
         side = SideInputs(self.task_ids_of(num_tokens), scalings_TE=self.scalings.get(layer_name), tap=tap)
+        kept_BE = self._prompts.get(layer_name)
+        if kept_BE is not None:
+            later_TE = kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0)
+            return side._replace(prompt_logits_TE=later_TE)
         if self.sequences is not None and len(self.sequences.start_T) == num_tokens:
             return side._replace(sequences=self.sequences)
-        kept_BE = self._prompts.get(layer_name)
-        if kept_BE is None:
-            return side
-        return side._replace(prompt_logits_TE=kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0))
+        return side
 
     def task_ids_of(self, num_tokens: int) -> Tensor | None:
         """Task, or tasks, of each of a layer's tokens, None where no tasks are bound."""

@@ -284,8 +284,8 @@ class TrainingSection:
     clip_norm: float = 1.0
     """Global gradient norm at most; 0 turns clipping off."""
     balance_over: Literal["global_batch", "micro_batch"] = "global_batch"
-    """Tokens over which the routers' losses take their statistics. `global_batch` costs a second forward pass when there are
-    accumulation steps; `micro_batch` counts those that all ranks have at once."""
+    """Tokens over which the routers' losses take their statistics. `global_batch` costs a second forward pass
+    when there are accumulation steps; `micro_batch` counts those that all ranks have at once."""
     loss: LossSection = field(default_factory=LossSection)
     guard: GuardSection = field(default_factory=GuardSection)
     activation_checkpointing: Checkpointing = "none"

@@ -10,6 +10,7 @@ from moe_medical.config.schema import RunConfig
 from moe_medical.config.validate_adapters import adapter_problems
 from moe_medical.config.validate_data import loader_problems, mix_problems
 from moe_medical.config.validate_loss import loss_problems
+from moe_medical.config.validate_model import model_problems
 from moe_medical.config.validate_parallel import deepspeed_problems
 from moe_medical.config.validate_tracking import tracking_problems
 from moe_medical.errors import Problem
@@ -50,6 +51,7 @@ def validate(config: RunConfig) -> list[Problem]:
         *tracking_problems(config),
         *_files(config),
         *adapter_problems(config),
+        *model_problems(config),
     ]
 
 

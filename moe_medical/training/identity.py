@@ -18,10 +18,12 @@ from typing import Any
 
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
+from moe_medical.config.schema import AdaptersSection
 from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.sources import row_settings
 from moe_medical.data.tasks import TaskData
+from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
 
 _FREE = {
@@ -137,7 +139,7 @@ def identify(
 ) -> RunIdentity:
     """The identity of a run that is about to start."""
     settings = compared_settings(config) | {"model.name": base.name, "model.revision": base.revision}
-    settings |= _flat({"adapters": asdict(adapters)})
+    settings |= _flat({"adapters": asdict(adapters)}) | _frozen_sources(config.adapters, adapters)
     paths = {task.name: str(task.spec.path) for task in tasks}
     for task in tasks:
         for split, files in task.fingerprints.items():
@@ -148,11 +150,24 @@ def identify(
 def compared_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted key of the run file -> value, for all but adapters and base model that a resume must keep."""
     sections = {name: asdict(getattr(config, name)) for name in ("data", "training", "evaluation")}
-    settings = {"run.seed": config.run.seed, "model.dtype": config.model.dtype} | _flat(sections)
+    model = {"model.dtype": config.model.dtype, "model.quantization": config.model.quantization}
+    settings = {"run.seed": config.run.seed} | model | _flat(sections)
     if config.data.mix.dynamic.rule == "regret" or config.training.guard.action != "none":
         settings["tracking.seesaw.gate"] = config.tracking.seesaw.gate  # it decides what is done
     looks = {"evaluation.every_steps"} if config.training.guard.action != "none" else set()
     return {key: value for key, value in settings.items() if key not in _FREE - looks}
+
+
+def _frozen_sources(section: AdaptersSection, adapters: MoloraConfig) -> dict[str, Any]:
+    """Digests of the folders whose values stay as they are: checkpoints hold what is trained."""
+    routers = [section.router_from] if section.router_from and adapters.freeze_router else []
+    experts = list(section.experts_from or []) if adapters.freeze_experts else []
+    found = {"adapters.router_from": routers, "adapters.experts_from": experts}
+    return {key: [_weights_digest(Path(f)) for f in folders] for key, folders in found.items() if folders}
+
+
+def _weights_digest(folder: Path) -> str:
+    return " ".join(sha256_file(file) for file in sorted(folder.glob("*.safetensors")))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

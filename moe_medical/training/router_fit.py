@@ -149,7 +149,7 @@ def _features(
 ) -> dict[str, list[Tensor]]:
     """First module of each router's scope -> (vectors, D) float32 of each row."""
     topology = start_alone(config.parallel)
-    model = load_base(base, config.model.dtype).to(topology.device).eval()
+    model = load_base(base, config.model.dtype, config.model.quantization).to(topology.device).eval()
     heads, of_prompts = _heads(model, adapters), adapters.router == "sequence"
     found = {name: [torch.empty(0)] * len(drawn) for name in heads}
     shown = [_shown(row.encoded, of_prompts) for row in drawn]

@@ -374,6 +374,7 @@ def adapter_meta(config: RunConfig, base: BaseModel, tasks: list[TaskData], step
         "system_prompt": config.data.system_prompt,
         "max_length": config.data.max_length,
         "dtype": config.model.dtype,
+        "quantization": config.model.quantization,
         "seed": config.run.seed,
         "steps": steps,
     }

@@ -55,10 +55,7 @@ def started(folders: list[Path], noise: float, shard: ExpertShard | None = None,
 @pytest.mark.parametrize("experts", ["linear", "block"])
 def test_copies_of_one_lora_are_that_lora_whatever_the_gates(experts: str, tmp_path: Path) -> None:
     folder, logits = trained_lora(tmp_path / "lora", 1)
-    if experts == "block":  # its FFN is not linear in the gates, so the experts must be alike
-        scope = {"experts": "block", "router_scope": "block"}
-    else:
-        scope = {}
+    scope = {"experts": "block", "router_scope": "block"} if experts == "block" else {}
     model = started([folder], 0.0, **scope)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from moe_medical.config.presets import PRESETS
 from moe_medical.errors import Problem
 from moe_medical.interop.foreign.base import BaseLayers
@@ -29,8 +31,9 @@ _TENSOR = re.compile(
 )
 _HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
-    "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "merge_weights", "layers_pattern", "layers_to_transform", "target_modules", "exclude_modules", "r", "lora_alpha",
+    "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
+    "eva_config", "loftq_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "merge_weights",
+    "layers_pattern", "layers_to_transform", "target_modules", "exclude_modules", "r", "lora_alpha",
     "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
 }  # fmt: skip
 """Keys that are read here, or that say nothing about the numbers once the adapter is trained."""
@@ -152,7 +155,7 @@ def _take_lora(ledger: Ledger, settings: Settings, name: str, size: tuple[int, i
     return LowRank(A, B, scale)
 
 
-def _magnitude(ledger: Ledger, name: str, source: Source, ours: str) -> Any:
+def _magnitude(ledger: Ledger, name: str, source: Source, ours: str) -> Tensor:
     bare, out_features = f"{name}.lora_magnitude_vector", source.layers.sizes[ours][1]
     spelt = bare if bare in ledger.tensors else _spelt(ledger, bare)
     return ledger.take(spelt, out_features)
