@@ -25,7 +25,7 @@ from adapters_profile import in_words, profile
 from torch import Tensor, nn
 
 from moe_medical.adapters.folder import save_adapter
-from moe_medical.adapters.model import adapter_parameters
+from moe_medical.adapters.model import adapter_parameters, lay_out_for_answers
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.embedded import EMBEDDED_NAME
@@ -76,6 +76,8 @@ def writers(case: Case, folder: Path) -> dict[str, Writer]:
     made[UNMERGED_TOKEN] = Writer(token.eval(), binder(token_context, case.device))
     made[UNMERGED_TASK] = Writer(task.eval(), binder(task_context, case.device))
     made[MERGED] = Writer(merged(task, task_settings(case), folder).to(case.device).eval())
+    for adapted in (token, task):
+        lay_out_for_answers(adapted)  # as `moe-medical generate` and `serve` do
     try:
         made[PEFT] = Writer(lora_arm(case, "E*r").model.eval())
     except ImportError:

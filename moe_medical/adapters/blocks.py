@@ -107,7 +107,8 @@ class RoutedBlock(AdapterModule):
         """Choose each token's experts for the whole block, and record it."""
         assert self.router is not None
         tap = router_loss_tap(self.context, self.name)
-        routing: Routing = self.router(x_TD, self.context.side_inputs(self.name, len(x_TD), tap))
+        side = self.context.side_inputs(self.name, len(x_TD), tap, self.router.knows_tasks)
+        routing: Routing = self.router(x_TD, side)
         self.context.keep_prompt(self.name, routing.logits_TE)
         self.context.record(self.name, routing)
         return routing

@@ -70,9 +70,7 @@ def add_low_rank(
         Shape and dtype of y; the same memory where it was overwritten.
     """
     overwrite = overwrite and may_overwrite(y_TF)
-    inputs = (y_TF, x_TD, lora_A, lora_B, gate_TE, None, exchange, scaling, dropout, overwrite)
-    result: Tensor = _AddLowRank.apply(*inputs)
-    return result
+    return _add(y_TF, x_TD, lora_A, lora_B, gate_TE, None, exchange, scaling, dropout, overwrite)
 
 
 def add_chosen(
@@ -96,9 +94,7 @@ def add_chosen(
         weights_TK: Gate of each chosen expert.
     """
     overwrite = overwrite and may_overwrite(y)
-    inputs = (y, x, lora_A, lora_B, weights_TK, expert_ids_TK, exchange, scaling, dropout, overwrite)
-    result: Tensor = _AddLowRank.apply(*inputs)
-    return result
+    return _add(y, x, lora_A, lora_B, weights_TK, expert_ids_TK, exchange, scaling, dropout, overwrite)
 
 
 def may_overwrite(y: Tensor) -> bool:
@@ -142,6 +138,31 @@ def _default_generator(device: torch.device) -> torch.Generator:
         return torch.default_generator
     generator: torch.Generator = torch.get_device_module(device).default_generators[device.index]
     return generator
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    ids_TK: Tensor | None,
+    exchange: WeightExchange | None,
+    scaling: float,
+    dropout: float,
+    overwrite: bool,
+) -> Tensor:
+    if torch.is_grad_enabled() or dropout or exchange:
+        inputs = (y, x, lora_A, lora_B, gate, ids_TK, exchange, scaling, dropout, overwrite)
+        result: Tensor = _AddLowRank.apply(*inputs)
+        return result
+    with torch.autocast(y.device.type, enabled=False):
+        units = _Units(lora_A, lora_B, gate, ids_TK, scaling, y.dtype)
+        gated_TH = units.gated(_rows(x.to(y.dtype)) @ units.flat_A.t())
+        if not overwrite:
+            return _rows(y).addmm(gated_TH, units.flat_B.t()).view(y.shape)
+        _rows(y).addmm_(gated_TH, units.flat_B.t())
+        return y
 
 
 class _AddLowRank(torch.autograd.Function):

@@ -272,7 +272,9 @@ class MoloraLinear(AdaptedLinear):
         if self.router is None:
             return context.shared(scope)
         tap = router_loss_tap(context, self.name)
-        routing: Routing = self.router(x_TD, context.side_inputs(self.name, len(x_TD), tap))
+        routing: Routing = self.router(
+            x_TD, context.side_inputs(self.name, len(x_TD), tap, self.router.knows_tasks)
+        )
         context.keep_prompt(self.name, routing.logits_TE)
         context.record(self.name, routing)
         context.share(scope, routing, self.seat.followers)

@@ -46,14 +46,14 @@ class Choice:
 
     def routing(self, logits_TE: Tensor, training: bool) -> Routing:
         """Take the top-k, and weigh them."""
-        probs_TE = logits_TE.softmax(-1)
         if self.top_k == logits_TE.shape[-1]:
             every = torch.arange(self.top_k, device=logits_TE.device).expand(logits_TE.shape)
-            return Routing(probs_TE, every, logits_TE, probs_TE)
+            return Routing(logits_TE.softmax(-1), every, logits_TE)
         keys_TE = logits_TE + _gumbel(logits_TE) if self.sampled and training else logits_TE
         ids_TK = keys_TE.topk(self.top_k, dim=-1).indices
-        chosen_TK = (logits_TE if self.renormalise else probs_TE).gather(-1, ids_TK)
-        return Routing(chosen_TK.softmax(-1) if self.renormalise else chosen_TK, ids_TK, logits_TE, probs_TE)
+        if self.renormalise:
+            return Routing(logits_TE.gather(-1, ids_TK).softmax(-1), ids_TK, logits_TE)
+        return Routing(logits_TE.softmax(-1).gather(-1, ids_TK), ids_TK, logits_TE)
 
 
 class Router(nn.Module):
@@ -66,6 +66,9 @@ class Router(nn.Module):
     def __init__(self, choice: Choice):
         super().__init__()
         self.choice = choice
+
+    knows_tasks = False
+    """Whether `logits` reads the tasks of its tokens."""
 
     @property
     def top_k(self) -> int:
@@ -152,6 +155,8 @@ class TaskRouter(Router):
         refuse_unknown: Whether a token without a task is an error.
     """
 
+    knows_tasks = True
+
     def __init__(
         self, choice: Choice, draw: _Draw, num_tasks: int, num_experts: int, refuse_unknown: bool = False
     ):
@@ -169,11 +174,13 @@ class TaskRouter(Router):
     def gate_of(self, task_ids_M: Tensor) -> Tensor:
         """(E,) float32: the gates of a sample of these tasks, 0 where not chosen."""
         routing = self(self.weight.new_zeros(1, 1), SideInputs(task_ids_M[None]))
-        return torch.zeros_like(routing.probs_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)[0]
+        return torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)[0]
 
 
 class JointRouter(Router):
     """Token and task together: z = W x + b + W_T e_j; without a task, the mean of their parts."""
+
+    knows_tasks = True
 
     def __init__(self, token: TokenRouter, draw: _Draw, num_tasks: int):
         super().__init__(token.choice)
@@ -202,7 +209,7 @@ class ThresholdRouter(TokenRouter):
         every = self.choice.routing(logits_TE, training=False)
         experts = logits_TE.shape[-1]
         tau_T1 = linear_float32(x_TD, self.threshold_weight, self.threshold_bias).sigmoid() / experts
-        above_TE = (every.probs_TE - tau_T1).relu()
+        above_TE = (every.weights_TK - tau_T1).relu()
         total_T1 = above_TE.sum(-1, keepdim=True)
         return every._replace(weights_TK=above_TE / total_T1.clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -233,7 +240,7 @@ class GivenGates(Router):
         gates_TE = side.scalings_TE
         every = torch.arange(gates_TE.shape[-1], device=gates_TE.device).expand(gates_TE.shape)
         logits_TE = gates_TE.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return Routing(gates_TE, every, logits_TE, gates_TE)
+        return Routing(gates_TE, every, logits_TE)
 
 
 class _Draw:

@@ -23,12 +23,15 @@ class Routing(NamedTuple):
     """Chosen experts, int64; highest gate first unless the gate is dense."""
     logits_TE: Tensor
     """Router logits, float32; the z-loss needs them."""
-    probs_TE: Tensor
-    """Softmax of the logits over all experts; the balance loss needs it."""
+
+    @property
+    def probs_TE(self) -> Tensor:
+        """Softmax of the logits over all experts, made when asked for: most runs have no loss that does."""
+        return self.logits_TE.softmax(-1)
 
 
 class RouterGradient(NamedTuple):
-    """What a layer's backward needs to know for the router losses of the whole global batch; see losses.py."""
+    """What a layer's backward needs to know for the router losses of the global batch; see losses.py."""
 
     of_probs_CE: Tensor
     """Derivative by the probability of each expert, for each class of tokens."""
@@ -184,10 +187,15 @@ class RoutingContext:
             self.adapters_off = before
 
     def side_inputs(
-        self, layer_name: str, num_tokens: int, tap: Callable[[Tensor], Tensor] | None = None
+        self,
+        layer_name: str,
+        num_tokens: int,
+        tap: Callable[[Tensor], Tensor] | None = None,
+        with_tasks: bool = True,
     ) -> SideInputs:
-        """What is bound, for a layer's tokens."""
-        side = SideInputs(self.task_ids_of(num_tokens), scalings_TE=self.scalings.get(layer_name), tap=tap)
+        """What is bound, for a layer's tokens; without their tasks where the router knows none."""
+        tasks = self.task_ids_of(num_tokens) if with_tasks else None
+        side = SideInputs(tasks, scalings_TE=self.scalings.get(layer_name), tap=tap)
         kept_BE = self._prompts.get(layer_name)
         if kept_BE is not None:
             later_TE = kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0)

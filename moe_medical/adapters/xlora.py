@@ -51,7 +51,7 @@ class XLoraClassifier(AdapterModule):
         """Layer -> (T, E) gates."""
         logits_TLE = linear_float32(hidden_TD, self.weight, self.bias).unflatten(-1, (-1, self._experts))
         routing = self._choice.routing((logits_TLE / self._temperature).flatten(0, 1), self.training)
-        gates = torch.zeros_like(routing.probs_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)
+        gates = torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)
         gates_TLE = gates.unflatten(0, (-1, self._depth))
         return {name: gates_TLE[:, i % self._depth] for i, name in enumerate(self._layers)}
 

@@ -4,8 +4,8 @@ Decisions: quantised after loading, in place, so that one loader knows the weigh
 embeddings stay as they are: their errors reach every token, and tied ones are one tensor. What computes is
 the libraries' own: torchao's int8 weights (symmetric, one scale for each output feature) stay in `nn.Linear`,
 and bitsandbytes' layers (LLM.int8, arXiv 2208.07339; NF4 of QLoRA, arXiv 2305.14314) are subclasses of it, so
-that `adapters.layer` wraps them as before. Gradients flow to a layer's input, not to its weight. An int8 weight is
-a buffer: it is no parameter that anybody could train, shard or send.
+that `adapters.layer` wraps them as before. Gradients flow to a layer's input, not to its weight. An int8
+weight is a buffer: it is no parameter that anybody could train, shard or send.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _of_adapters(model: AdaptedModel, workload: Workload) -> float:
 def _of_routings(model: AdaptedModel) -> float:
     """What is recorded for the router losses."""
     at = [model.settings(name) for name in model.deciding]
-    return sum(8 * a.num_experts + 12 * a.active() for a in at)
+    return sum(4 * a.num_experts + 12 * a.active() for a in at)
 
 
 def _received(group: RoutedGroup, model: AdaptedModel, layout: Layout, workload: Workload) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.layer import linear_sizes
-from moe_medical.adapters.model import attach_adapters, load_adapter_state
+from moe_medical.adapters.model import attach_adapters, lay_out_for_answers, load_adapter_state
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
@@ -57,6 +57,7 @@ class SharedBase:
         model = _share(self.model)
         context = attach_adapters(model, config, seed=0)  # the weights come from the adapter
         load_adapter_state(model, state, str(folder))
+        lay_out_for_answers(model)
         chat = ChatFormat.from_folder(
             self.located.folder, meta.get("system_prompt"), meta.get("max_length", _MAX_LENGTH)
         )

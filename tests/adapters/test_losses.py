@@ -22,7 +22,7 @@ ALONE.append(LossWeights(localized=0.6, delta=0.25))
 
 def route(logits_TE: Tensor, top_k: int) -> Routing:
     top_TK, ids_TK = logits_TE.topk(top_k, dim=-1)
-    return Routing(top_TK.softmax(-1), ids_TK, logits_TE, logits_TE.softmax(-1))
+    return Routing(top_TK.softmax(-1), ids_TK, logits_TE)
 
 
 def real(num_tokens: int) -> Tensor:
@@ -133,7 +133,7 @@ def test_decided_tokens_that_differ_have_the_largest_divergence():
 def test_a_gate_of_zero_is_not_chosen():
     logits = torch.zeros(2, 3)
     weights = torch.tensor([[0.0, 0.4, 0.6], [0.0, 1.0, 0.0]])
-    routing = Routing(weights, torch.arange(3).expand(2, 3), logits, logits.softmax(-1))
+    routing = Routing(weights, torch.arange(3).expand(2, 3), logits)
     assert routing_sums([routing], real(2)).chosen_LE.tolist() == [[0, 2, 1]]
 
 

@@ -380,7 +380,7 @@ CONTRADICTIONS = {
     "adapters.freeze_router must come with adapters.router_from": ["preset=med_moe"],
     "adapters.freeze_experts must come with adapters.experts_from": ["preset=xlora"],
     "adapters.router_scope must be `module` or `model`": ["preset=xlora", "router_scope=block"],
-    "adapters.temperature must be > 0": ["temperature=0"],
+    "adapters.temperature must be finite and > 0": ["temperature=0"],
     "adapters.preset must be one of": ["preset=ming"],
 }
 
