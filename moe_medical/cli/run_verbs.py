@@ -60,6 +60,8 @@ def _add_result_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
     what = "loss and scores of every task of a run file, with an adapter or for the base model alone"
     evaluate = add_run_verb(verbs, "eval", evaluate_run_file, what)
     evaluate.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter; the base model without it")
+    parts = "part of the adapter: attention, ffn, routed, plain, shared or a pattern; all without it"
+    evaluate.add_argument("--only", action="append", default=[], metavar="PART", help=parts)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     evaluate.add_argument(
         "--predictions", type=Path, metavar="FILE", help="write the answers; needs privacy.allow_text=true"
@@ -146,7 +148,9 @@ def evaluate_run_file(options: argparse.Namespace) -> int:
     for name in ("adapter", "json", "predictions"):
         if value := getattr(options, name):
             arguments += [f"--{name}", str(value)]
-    return evaluate_run(read_config(options), options.adapter, options.json, options.predictions, arguments)
+    arguments += [word for part in options.only for word in ("--only", part)]
+    files = (options.adapter, options.json, options.predictions)
+    return evaluate_run(read_config(options), *files, arguments, options.only)
 
 
 def _baseline(options: argparse.Namespace) -> int:

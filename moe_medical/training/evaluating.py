@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from moe_medical.adapters.folder import load_adapter
-from moe_medical.adapters.model import attach_adapters, load_adapter_state
+from moe_medical.adapters.model import adaptable_modules, attach_adapters, load_adapter_state
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
@@ -37,6 +37,7 @@ from moe_medical.distributed.topology import (
 from moe_medical.errors import ConfigError, Problem, StorageError
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult
 from moe_medical.evaluation.metrics import left_out
+from moe_medical.interop.partial import restrict_adapter
 from moe_medical.training.preflight import check_context
 from moe_medical.training.run_folder import write_json
 from moe_medical.training.supervisor import die_with_supervisor, run_ranks, share_cores
@@ -50,6 +51,7 @@ def evaluate_run(
     json_file: Path | None,
     predictions: Path | None,
     arguments: Sequence[str],
+    only: Sequence[str] = (),
 ) -> int:
     """Evaluate on a run file's probe sets, show a table, and write what is asked for.
 
@@ -59,6 +61,7 @@ def evaluate_run(
         json_file: Takes everything, the losses of all rows included.
         predictions: Takes a JSON line for each scored row; holds text of records.
         arguments: Command line that each rank of `parallel.ranks` is started with.
+        only: Parts of the adapter to put on, for ablations; all of it where none is named.
 
     Returns:
         The exit code.
@@ -73,7 +76,7 @@ def evaluate_run(
     topology = _join(config)
     try:
         with naming_lost_peers() if topology.world_size > 1 else nullcontext():
-            subject = _load_subject(config, adapter, topology)
+            subject = _load_subject(config, adapter, topology, only)
             evaluation, lines = _evaluate(config, subject, topology)
         if topology.is_main:
             _tell(config, subject, evaluation, json_file)
@@ -127,7 +130,9 @@ def _load_data(config: RunConfig) -> tuple[BaseModel, ChatFormat, list[TaskData]
     return base, chat, load_tasks(config.data, config.evaluation.split, chat)
 
 
-def _load_subject(config: RunConfig, adapter: Path | None, topology: Topology) -> _Subject:
+def _load_subject(
+    config: RunConfig, adapter: Path | None, topology: Topology, only: Sequence[str]
+) -> _Subject:
     base, chat, tasks = _load_data(config)
     model = load_base(base, config.model.dtype, config.model.quantization)
     names = [task.name for task in tasks]
@@ -137,6 +142,8 @@ def _load_subject(config: RunConfig, adapter: Path | None, topology: Topology) -
         adapters, meta, state = load_adapter(adapter)
         if adapters.knows_tasks:
             _check_known(adapter, names, meta["tasks"])
+        if only:
+            adapters, state = restrict_adapter(adapters, state, only, adaptable_modules(model))
         context = attach_adapters(model, adapters, seed=0)  # the weights come from the adapter
         load_adapter_state(model, state, str(adapter))
     order = list(dict.fromkeys([*meta.get("tasks", []), *names]))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.launches import LAUNCH, run_to_end
 from support.tiny import write_tiny_run
 
-from moe_medical.adapters.folder import CONFIG_FILE, save_adapter
+from moe_medical.adapters.folder import CONFIG_FILE, load_adapter, save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
@@ -94,6 +95,26 @@ def test_the_base_model_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (found["step"], found["adapter"]) == (0, None)
     assert _same(found["tasks"], own["tasks"])  # adapters begin without an effect
     assert "last_word" in capsys.readouterr().out
+
+
+def test_part_of_an_adapter_is_the_adapter_without_the_rest(run: Path, tmp_path: Path) -> None:
+    config, meta, state = load_adapter(_adapter(run))
+    rest = {
+        name: torch.zeros_like(t) if ".mlp." in name and "lora_B" in name else t for name, t in state.items()
+    }
+    save_adapter(tmp_path / "silenced", rest, config, meta)
+    settings = ["parallel.ranks=1", "evaluation.score_rows=0"]
+    asked = (
+        ["--adapter", str(_adapter(run)), "--only", "attention"],
+        ["--adapter", str(tmp_path / "silenced")],
+    )
+    found = []
+    for number, which in enumerate((*asked, asked[0][:2])):
+        path = tmp_path / f"{number}.json"
+        assert main(["eval", str(run), *which, "--json", str(path), *settings]) == 0
+        found.append([result["loss"] for result in _read(path)["tasks"].values()])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] != pytest.approx(found[2], rel=1e-4)
 
 
 def test_answers_are_written_only_where_text_is_allowed(
