@@ -16,7 +16,6 @@ Expert numbers of two layers have nothing to do with each other, so shares are n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +43,7 @@ class RoutingStats:
         layers: L names, those of the adapted modules.
         top_k: Experts of each token, or of each task.
         per_task: Whether a task chooses for all its tokens.
+        experts: Of each layer, where they differ; the rest of a layer's counts are zeros then.
     """
 
     counts_LTE: np.ndarray
@@ -51,6 +51,13 @@ class RoutingStats:
     layers: Sequence[str]
     top_k: int = 1
     per_task: bool = False
+    experts: Sequence[int] = ()
+
+    @cached_property
+    def experts_L(self) -> np.ndarray:
+        """Experts of each layer."""
+        alike = [self.counts_LTE.shape[-1]] * len(self.layers)
+        return np.array(self.experts or alike, dtype=np.int64)
 
     @cached_property
     def present(self) -> np.ndarray:
@@ -80,8 +87,9 @@ class RoutingStats:
         is taken off, as if tokens were independent draws of one expert: more than enough for gates of
         several experts, not enough for tokens of very few texts.
         """
-        tasks, experts = int(self.present.sum()), self.counts_LTE.shape[-1]
-        if min(tasks, experts) < 2:
+        tasks = int(self.present.sum())
+        fewest_L = np.minimum(tasks, self.experts_L)
+        if tasks < 2 or (fewest_L < 2).any():
             return np.full(len(self.layers), np.nan)
         usage_LTE = np.nan_to_num(self.usage_LTE[:, self.present])
         tokens_LT = np.maximum(self.counts_LTE[:, self.present].sum(-1), 1)
@@ -91,7 +99,7 @@ class RoutingStats:
         of_tasks_L = (((usage_LTE > 0).sum(-1) - 1) / tokens_LT).mean(1) / 2
         of_mean_L = (spread_LTE.sum(1) / np.where(mean_LE > 0, mean_LE, 1)).sum(-1) / tasks**2 / 2
         corrected_L = information_L - of_tasks_L + of_mean_L
-        return np.asarray(np.clip(corrected_L / math.log(min(tasks, experts)), 0, 1))
+        return np.asarray(np.clip(corrected_L / np.log(fewest_L), 0, 1))
 
     @cached_property
     def effective_experts_L(self) -> np.ndarray:
@@ -101,7 +109,7 @@ class RoutingStats:
     @cached_property
     def balance_L(self) -> np.ndarray:
         """Effective experts over experts, from 1 / E to 1."""
-        return np.asarray(self.effective_experts_L / self.counts_LTE.shape[-1])
+        return np.asarray(self.effective_experts_L / self.experts_L)
 
     @cached_property
     def entropy_LT(self) -> np.ndarray:
@@ -111,19 +119,19 @@ class RoutingStats:
     @cached_property
     def dead_LE(self) -> np.ndarray:
         """Experts with too small a share, bool; none where too few choices were made to tell."""
-        experts = self.counts_LTE.shape[-1]
-        enough_L = self._choosers_L * self.top_k >= _CHOICES_EACH * experts
-        return np.asarray((self.load_LE * experts < _DEAD) & enough_L[:, None])
+        experts_L1 = self.experts_L[:, None]
+        exists_LE = np.arange(self.counts_LTE.shape[-1]) < experts_L1
+        enough_L = self._choosers_L * self.top_k >= _CHOICES_EACH * self.experts_L
+        return np.asarray((self.load_LE * experts_L1 < _DEAD) & exists_LE & enough_L[:, None])
 
     @cached_property
     def collapsed_L(self) -> np.ndarray:
         """Layers without a choice, bool."""
-        experts = self.counts_LTE.shape[-1]
         one_L = self.effective_experts_L < _COLLAPSED_EXPERTS
         same_L = np.sort(self.load_LE, -1)[:, -self.top_k :].sum(-1) > _COLLAPSED_MASS
-        chosen = self.top_k < experts  # a dense gate always has all mass on its top-k
+        chosen_L = self.top_k < self.experts_L  # a dense gate always has all mass on its top-k
         enough_L = self._choosers_L >= (2 if self.per_task else _CHOICES_EACH)
-        return np.asarray((one_L | (same_L & chosen)) & enough_L & (experts > 1))
+        return np.asarray((one_L | (same_L & chosen_L)) & enough_L & (self.experts_L > 1))
 
     def top_experts(self, layer: int, task: int, count: int = 3) -> list[tuple[int, float]]:
         """A task's most used experts in a layer with their shares; none for an absent task."""
@@ -166,11 +174,11 @@ class RoutingStats:
         if not len(self.layers):
             return []
         layer = self.most_telling_layer() if layer is None else layer
-        across = [f"{self.layers[layer]}: {e}" for e in range(self.counts_LTE.shape[-1])]
+        across = [f"{self.layers[layer]}: {e}" for e in range(self.experts_L[layer])]
         return [
             (self.tasks[t], name, float(share))
             for t in np.flatnonzero(self.present).tolist()
-            for name, share in zip(across, self.usage_LTE[layer, t], strict=True)
+            for name, share in zip(across, self.usage_LTE[layer, t], strict=False)
         ]
 
     def to_json(self, step: int) -> dict[str, Any]:
@@ -183,6 +191,7 @@ class RoutingStats:
             "layers": list(self.layers),
             "top_k": self.top_k,
             "per_task": self.per_task,
+            "experts": self.experts_L.tolist(),
             "counts_LTE": (rounded.astype(np.int64) if whole else rounded).tolist(),
         }
 
@@ -190,7 +199,7 @@ class RoutingStats:
     def from_json(cls, data: Mapping[str, Any]) -> RoutingStats:
         """What `to_json` gave."""
         counts = np.array(data["counts_LTE"], dtype=np.float64)
-        how = (int(data.get("top_k", 1)), bool(data.get("per_task", False)))
+        how = (int(data.get("top_k", 1)), bool(data.get("per_task", False)), tuple(data.get("experts", ())))
         return cls(counts, tuple(data["tasks"]), tuple(data["layers"]), *how)
 
     @property

@@ -188,7 +188,8 @@ class Observer:
 
     def _tell_routing(self, counts_LTE: np.ndarray, done: int) -> dict[str, float]:
         per_task, top_k = self._adapters.router == "task", self._adapters.active()
-        self._routing = stats = RoutingStats(counts_LTE, self._tasks, self._counts.layers, top_k, per_task)
+        what = (self._tasks, self._counts.layers, top_k, per_task, self._counts.experts)
+        self._routing = stats = RoutingStats(counts_LTE, *what)
         if not self._topology.is_main:
             return {}
         write_json(self._folder.routing(done), stats.to_json(done), indent=None)

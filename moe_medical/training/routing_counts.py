@@ -34,14 +34,15 @@ class RoutingCounts:
     Attributes:
         layers: Names of the routed layers; none where all adapters are plain, and then there is nothing to
             count.
+        experts: Of each of them.
     """
 
     def __init__(self, engine: Engine, context: RoutingContext, num_tasks: int) -> None:
         routed = deciding_layers(engine.module)
         self.layers: Sequence[str] = list(routed)
         self._engine, self._context = engine, context
-        experts = max((layer.num_experts for layer in routed.values()), default=0)
-        self._shape = (len(self.layers), num_tasks, experts)
+        self.experts = [layer.num_experts for layer in routed.values()]
+        self._shape = (len(self.layers), num_tasks, max(self.experts, default=0))
         self._mass: Tensor | None = None
 
     def begin(self) -> None:

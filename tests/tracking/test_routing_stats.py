@@ -227,3 +227,17 @@ def test_whole_numbers_stay_whole_in_json() -> None:
     assert json.dumps(_stats([[1, 2]]).to_json(0)["counts_LTE"]) == "[[[1, 2]]]"
     least = {"step": 1, "tasks": ["a"], "layers": ["l"], "counts_LTE": [[[1, 2]]]}
     assert RoutingStats.from_json(least).top_k == 1
+
+
+def test_layers_with_fewer_experts_have_no_dead_ones_beyond() -> None:
+    counts = np.zeros((2, 2, 4))
+    counts[0, :, :2] = [[900, 100], [100, 900]]  # two experts
+    counts[1] = [[500, 500, 0, 0], [500, 500, 0, 0]]  # four, two of them dead
+    stats = RoutingStats(counts, ["a", "b"], ["first", "second"], 1, False, (2, 4))
+    assert stats.dead_LE.tolist() == [[False] * 4, [False, False, True, True]]
+    np.testing.assert_allclose(stats.balance_L, [1.0, 0.5])
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert stats.task_information_L[0] == pytest.approx((np.log(2) - entropy) / np.log(2), abs=2e-3)
+    assert {name for _, name, _ in stats.task_expert(0)} == {"first: 0", "first: 1"}
+    again = RoutingStats.from_json(stats.to_json(5))
+    assert again.dead_LE.tolist() == stats.dead_LE.tolist()
