@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
 from moe_medical.adapters.experts import add_low_rank
-from moe_medical.adapters.grouped import add_routed
+from moe_medical.adapters.grouped import add_routed, choose_path
 from moe_medical.adapters.losses import router_loss_tap
 from moe_medical.adapters.routers import Router, new_router
 from moe_medical.adapters.routing import Routing, RoutingContext
@@ -215,7 +215,7 @@ class MoloraLinear(AdaptedLinear):
         if self.seat.leads and router is None:
             self.router = new_router(config, self.in_features, generator).to(self._device)
         self._new_shared_experts(config, generator)
-        self._path = config.path
+        self._path, self._active = config.path, config.active(config.num_experts)
         self.weight_exchange: WeightExchange | None = None
         self.token_exchange: TokenExchange | None = None
 
@@ -265,6 +265,16 @@ class MoloraLinear(AdaptedLinear):
         nothing_RF = y.new_zeros(()).expand(len(received.x_RD), self.out_features)
         delta_RF = self._add(nothing_RF, received.x_RD, received.gate_Re)
         return received.combine(y.reshape(-1, self.out_features), delta_RF).view(y.shape)
+
+    def path_on(self, device_type: str, dtype: torch.dtype) -> str:
+        """How the experts are computed there, `concat`, `grouped` or `triton`.
+
+        Raises:
+            ConfigError: `adapters.path` asks for one that does not fit.
+        """
+        experts, features, rank = self.lora_B.shape
+        sizes = (experts, rank, self._active, self.in_features, features)
+        return choose_path(self._path, *sizes, device_type, dtype, self.lora_A.dim() == 2)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Choose each token's experts, and record it; or take what the scope's first layer has chosen."""

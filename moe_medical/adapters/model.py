@@ -7,8 +7,9 @@ checkpoint is written. The output head and the embeddings are never adapted.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ def attach_adapters(
     linears = adaptable_modules(model)
     placement = match_modules(linears, config)
     model.requires_grad_(False)
-    _Attaching(model, config, seed, shard, 1 + max(map(depth_of, linears))).attach(placement)
+    _Attaching(model, config, seed, shard, linears).attach(placement)
     _freeze(model, config)
     check_trainable(model)
     return next(iter(adapter_modules(model))).context
@@ -79,10 +80,16 @@ class _Attaching:
     """One model getting its adapters."""
 
     def __init__(
-        self, model: nn.Module, config: MoloraConfig, seed: int, shard: ExpertShard | None, num_layers: int
+        self,
+        model: nn.Module,
+        config: MoloraConfig,
+        seed: int,
+        shard: ExpertShard | None,
+        linears: Sequence[str],
     ):
         self._model, self._config, self._seed, self._shard = model, config, seed, shard
-        self._num_layers, self._context = num_layers, RoutingContext()
+        self._linears_of_model, self._context = linears, RoutingContext()
+        self._num_layers = 1 + max(map(depth_of, linears))
         self._router: Router | None = None
         """Of the first scope, which lends it to all others where the whole model has one."""
         self._lender = ""
@@ -98,10 +105,10 @@ class _Attaching:
 
     def _linears(self, names: list[str]) -> None:
         scopes = routing_scopes(names, self._config.router_scope)
-        leaders = {scope: name for name, scope in reversed(scopes.items())}
+        leaders, sizes = {scope: name for name, scope in reversed(scopes.items())}, Counter(scopes.values())
         for name, scope in scopes.items():
             leads = leaders[scope] == name
-            followers = Counter(scopes.values())[scope] - 1 if leads else 0
+            followers = sizes[scope] - 1 if leads else 0
             lent = self._router if leads else None
             seat = RouterSeat(scope, followers, leads, self._lender if leads else "")
             layer = MoloraLinear(*self._parts(name), self._context, self._shard, seat, lent)
@@ -112,18 +119,24 @@ class _Attaching:
         blocks: dict[str, list[str]] = {}
         for name in names:
             blocks.setdefault(name.rpartition(".")[0], []).append(name)
+        _refuse_other_blocks(self._model, blocks)
         for block, members in blocks.items():
-            plan, first = BlockPlan(), linear_sizes(self._model.get_submodule(members[0]))
-            assert first is not None, "the placement names linear layers only"
+            plan, in_features = BlockPlan(), self._input_size(block)
             for name in members:
                 parts = self._parts(name)
                 if self._config.experts == "ffn":
                     self._replace(name, FfnLinear(*parts, self._context, plan))
                 else:
                     self._replace(name, BlockLinear(*parts, self._context, plan))
-            wrapped = RoutedBlock(*self._parts(block), self._context, plan, first[0], self._router)
+            wrapped = RoutedBlock(*self._parts(block), self._context, plan, in_features, self._router)
             self._replace(block, wrapped)
             self._keep(block, wrapped.router)
+
+    def _input_size(self, block: str) -> int:
+        first = next(name for name in self._linears_of_model if name.rpartition(".")[0] == block)
+        sizes = linear_sizes(self._model.get_submodule(first))
+        assert sizes is not None, "these are linear layers"
+        return sizes[0]
 
     def _parts(self, name: str) -> tuple[nn.Module, MoloraConfig, str, int]:
         config = self._config.at_depth(depth_of(name), self._num_layers)
@@ -137,6 +150,14 @@ class _Attaching:
     def _keep(self, name: str, router: Router | None) -> None:
         if self._config.router_scope == "model" and self._router is None:
             self._router, self._lender = router, name
+
+
+def _refuse_other_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Whole blocks are experts only where they map one tensor to one; attention, for one, does not."""
+    wrong = [b for b in blocks if len(inspect.signature(model.get_submodule(b).forward).parameters) != 1]
+    if wrong:
+        rule = "must name linears of FFN blocks where whole blocks are experts"
+        raise ConfigError("adapter placement", [Problem("adapters.molora", rule, f"{wrong[0]}, ...")])
 
 
 def _freeze(model: nn.Module, config: MoloraConfig) -> None:

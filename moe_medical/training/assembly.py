@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_medical.adapters.layer import MoloraLinear
-from moe_medical.adapters.model import attach_adapters
+from moe_medical.adapters.model import attach_adapters, routed_layers
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.adapters.starting import start_from
 from moe_medical.base_model import BaseModel
@@ -51,6 +52,11 @@ def assemble(
         dtype = getattr(torch, config.model.dtype)
         used = connect_experts(model, context, group, config.parallel, dtype, stage, choose_exchange)
         _LOG.info("experts spread over %d ranks; layers by exchange: %s", group.size, dict(used))
+    else:
+        where = (topology.device.type, getattr(torch, config.model.dtype))
+        paths = Counter(layer.path_on(*where) for layer in routed_layers(model).values())
+        if paths:
+            _LOG.info("layers by the way their experts are computed: %s", dict(paths))
     _checkpoint_activations(model, config.training.activation_checkpointing)
     if config.training.compile:
         _compile_blocks(model)

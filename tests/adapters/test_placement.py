@@ -4,9 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from support.families import DECODER
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.placement import match_modules
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.presets import ATTENTION, PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 
 NAMES = [
@@ -56,3 +60,14 @@ def test_no_pattern_at_all_is_an_error():
 def test_placement_does_not_import_torch():
     code = "import sys, moe_medical.adapters.placement; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_whole_blocks_are_ffn_blocks_and_may_be_adapted_in_part():
+    model = LlamaForCausalLM(LlamaConfig(**DECODER))
+    block = {"experts": "block", "router_scope": "block", "num_experts": 2, "top_k": 2, "lora": ()}
+    with pytest.raises(ConfigError, match=r"adapters.molora must name linears of FFN blocks .*self_attn"):
+        attach_adapters(model, MoloraConfig(**block, molora=(ATTENTION,)), 0)
+    model = LlamaForCausalLM(LlamaConfig(**DECODER))
+    attach_adapters(model, MoloraConfig(**block, molora=(r".*\.down_proj",)), 0)
+    assert adapter_parameters(model)["model.layers.0.mlp.router.weight"].shape == (2, DECODER["hidden_size"])
+    assert model(torch.arange(5)[None]).logits.shape == (1, 5, DECODER["vocab_size"])
