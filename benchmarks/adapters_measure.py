@@ -74,12 +74,13 @@ class Saved:
     def __init__(self, arm: Arm):
         owned = (*arm.model.parameters(), *arm.model.buffers(), *arm.parameters)
         self._owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
-        self._seen: dict[tuple[int, int], Tensor] = {}
+        self._seen: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._owned:
-            self._seen[storage.data_ptr(), storage.nbytes()] = tensor  # held, or its address is given again
+            # Held, or its address is given again; not the tensor, whose graph holds this method for ever.
+            self._seen[storage.data_ptr(), storage.nbytes()] = storage
         return tensor
 
     @property
