@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.validate_adapters import value_problems
 from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal, StorageError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT, FORMAT_VERSION = "moe_medical.adapter", 3
 REQUIRED_META = ("base_model", "base_revision", "tasks", "label_sets")
+_DEFAULTS = MoloraConfig()
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -172,8 +174,17 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
     problems += _config_problems(config) + _meta_problems(meta)
     if problems:
         raise ConfigError(str(path), problems)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return MoloraConfig(**values), meta
+    found = MoloraConfig(**{key: _as_typed(value, key) for key, value in config.items()})
+    if problems := value_problems(found):
+        raise ConfigError(str(path), problems)
+    return found, meta
+
+
+def _as_typed(value: Any, key: str) -> Any:
+    """JSON has no tuples, and may write 32.0 as 32."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if isinstance(getattr(_DEFAULTS, key), float) else value
 
 
 def _config_problems(config: dict[str, Any]) -> list[Problem]:

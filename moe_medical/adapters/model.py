@@ -26,7 +26,7 @@ from moe_medical.adapters.layer import (
     linear_sizes,
 )
 from moe_medical.adapters.placement import AdapterKind, depth_of, match_modules, routing_scopes
-from moe_medical.adapters.routers import Router
+from moe_medical.adapters.routers import Router, TokenRouter
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.adapters.xlora import XLoraClassifier, attach_classifier
 from moe_medical.config.presets import MoloraConfig
@@ -110,6 +110,7 @@ class _Attaching:
             leads = leaders[scope] == name
             followers = sizes[scope] - 1 if leads else 0
             lent = self._router if leads else None
+            _refuse_other_width(lent, name, linear_sizes(self._model.get_submodule(name)))
             seat = RouterSeat(scope, followers, leads, self._lender if leads else "")
             layer = MoloraLinear(*self._parts(name), self._context, self._shard, seat, lent)
             self._replace(name, layer)
@@ -154,10 +155,24 @@ class _Attaching:
 
 def _refuse_other_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
     """Whole blocks are experts only where they map one tensor to one; attention, for one, does not."""
-    wrong = [b for b in blocks if len(inspect.signature(model.get_submodule(b).forward).parameters) != 1]
+    wrong = [b for b in blocks if not _is_plain_block(model.get_submodule(b))]
     if wrong:
-        rule = "must name linears of FFN blocks where whole blocks are experts"
+        rule = "must name linears of plain FFN blocks where whole blocks are experts"
         raise ConfigError("adapter placement", [Problem("adapters.molora", rule, f"{wrong[0]}, ...")])
+
+
+def _refuse_other_width(router: Router | None, name: str, sizes: tuple[int, int] | None) -> None:
+    """A router for the whole model reads inputs of one width."""
+    if isinstance(router, TokenRouter) and sizes and router.weight.shape[1] != sizes[0]:
+        rule = f"must be narrower than `model`: {name} reads {sizes[0]} features, the first layer"
+        problem = Problem("adapters.router_scope", rule, router.weight.shape[1])
+        raise ConfigError("adapter placement", [problem])
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """Whether it has one input, and its linears itself."""
+    deeper = any("." in name for name, module in block.named_modules() if linear_sizes(module))
+    return not deeper and len(inspect.signature(block.forward).parameters) == 1
 
 
 def _freeze(model: nn.Module, config: MoloraConfig) -> None:

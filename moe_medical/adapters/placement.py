@@ -27,6 +27,11 @@ _SHARED_INPUT = (
 )
 """Sibling layers that read the same tensor in the models of transformers."""
 
+_CLOSING = frozenset(
+    ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h")
+)
+"""Last layers of blocks, which read what the others have made."""
+
 _LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")
 """Up to the number of the decoder layer."""
 
@@ -75,13 +80,31 @@ def depth_of(name: str) -> int:
 
 
 def routing_scopes(names: Iterable[str], scope: str) -> dict[str, str]:
-    """Routed layer -> the scope whose decision it follows, its first layer by name deciding.
+    """Routed layer -> the scope whose decision it follows, in the order in which they run.
+
+    The first layer of a scope decides.
 
     Args:
-        names: Full names of the routed layers, in the order in which they run.
+        names: Full names of the routed layers, in the order in which the model has registered them.
         scope: `module`, `block`, `layer` or `model`; the last decides anew in each layer, too.
     """
-    return {name: _scope_of(name, scope) for name in names}
+    return {name: _scope_of(name, scope) for name in _as_they_run(names)}
+
+
+def _as_they_run(names: Iterable[str]) -> list[str]:
+    """Within a block, what opens it first, in the order of `_SHARED_INPUT`, and what closes it last.
+
+    Modules are registered in another order by some models: Phi-3 has o_proj before qkv_proj, OPT k before q.
+    """
+    ordered = list(names)
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in ordered))
+    place = {block: i for i, block in enumerate(blocks)}
+    return sorted(ordered, key=lambda name: (place[name.rpartition(".")[0]], _turn(name.rpartition(".")[2])))
+
+
+def _turn(leaf: str) -> int:
+    opening = [siblings.index(leaf) for siblings in _SHARED_INPUT if leaf in siblings]
+    return opening[0] if opening else 10 + (leaf in _CLOSING)
 
 
 def _scope_of(name: str, scope: str) -> str:

@@ -44,12 +44,15 @@ class Choice:
         top_k = config.active(config.num_experts)
         return cls(top_k, config.renormalise, sampled, config.temperature, config.jitter)
 
-    def routing(self, logits_TE: Tensor, training: bool) -> Routing:
-        """Take the top-k, and weigh them."""
+    def routing(self, logits_TE: Tensor, training: bool, start_T: Tensor | None = None) -> Routing:
+        """Take the top-k, and weigh them; tokens of one `start_T` draw alike."""
         if self.top_k == logits_TE.shape[-1]:
             every = torch.arange(self.top_k, device=logits_TE.device).expand(logits_TE.shape)
             return Routing(logits_TE.softmax(-1), every, logits_TE)
-        keys_TE = logits_TE + _gumbel(logits_TE) if self.sampled and training else logits_TE
+        keys_TE = logits_TE
+        if self.sampled and training:
+            noise_TE = _gumbel(logits_TE)
+            keys_TE = logits_TE + (noise_TE if start_T is None else noise_TE[start_T])
         ids_TK = keys_TE.topk(self.top_k, dim=-1).indices
         if self.renormalise:
             return Routing(logits_TE.gather(-1, ids_TK).softmax(-1), ids_TK, logits_TE)
@@ -87,9 +90,9 @@ class Router(nn.Module):
         logits_TE = self.logits(x_TD, side)
         if self.choice.temperature != 1:
             logits_TE = logits_TE / self.choice.temperature
-        return self._choose(logits_TE if side.tap is None else side.tap(logits_TE), x_TD)
+        return self._choose(logits_TE if side.tap is None else side.tap(logits_TE), x_TD, side)
 
-    def _choose(self, logits_TE: Tensor, x_TD: Tensor) -> Routing:
+    def _choose(self, logits_TE: Tensor, x_TD: Tensor, side: SideInputs) -> Routing:
         return self.choice.routing(logits_TE, self.training)
 
 
@@ -139,6 +142,10 @@ class SequenceRouter(TokenRouter):
         if side.sequences is None:
             raise RuntimeError("a sequence router needs to know the prompts: bind them in the RoutingContext")
         return super().logits(side.sequences.mean(x_TD), side)
+
+    def _choose(self, logits_TE: Tensor, x_TD: Tensor, side: SideInputs) -> Routing:
+        start_T = None if side.sequences is None else side.sequences.start_T
+        return self.choice.routing(logits_TE, self.training, start_T)
 
 
 class TaskRouter(Router):
@@ -205,7 +212,7 @@ class ThresholdRouter(TokenRouter):
         self.threshold_weight = draw.uniform(in_features, 1, in_features)
         self.threshold_bias = draw.uniform(in_features, 1)
 
-    def _choose(self, logits_TE: Tensor, x_TD: Tensor) -> Routing:
+    def _choose(self, logits_TE: Tensor, x_TD: Tensor, side: SideInputs) -> Routing:
         every = self.choice.routing(logits_TE, training=False)
         experts = logits_TE.shape[-1]
         tau_T1 = linear_float32(x_TD, self.threshold_weight, self.threshold_bias).sigmoid() / experts

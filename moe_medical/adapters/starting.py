@@ -19,7 +19,7 @@ from moe_medical.adapters.blocks import BlockLinear
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.folder import load_adapter
-from moe_medical.adapters.layer import LoraLinear, MoloraLinear
+from moe_medical.adapters.layer import LoraLinear, MoloraLinear, rows_of
 from moe_medical.adapters.model import adapter_modules
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import AdaptersSection
@@ -166,3 +166,5 @@ def _with_noise(pair: tuple[Tensor, Tensor], which: int, noise: float, key: str)
 def _copy(layer: MoloraLinear | BlockLinear | LoraLinear, A: Tensor, B: Tensor) -> None:
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
+    if isinstance(layer, LoraLinear) and layer.magnitude is not None:
+        layer.magnitude.copy_((rows_of(layer.base) + layer.scaling * layer.lora_B @ layer.lora_A).norm(dim=1))

@@ -82,6 +82,30 @@ class MoloraConfig:
         """Whether the router has an embedding for each task."""
         return self.router in ("task", "joint")
 
+    def not_under_zero3(self) -> list[str]:
+        """Settings that need whole weights, or one router on many layers: not with parameters in parts."""
+        routed = bool(self.molora)
+        found = {
+            "experts: ffn": routed and self.experts == "ffn",
+            "dora: true": self.dora,
+            "router: xlora": routed and self.router == "xlora",
+            "freeze_router: true": self.freeze_router,
+            "freeze_experts: true": self.freeze_experts,
+            "router_scope: model": routed and self.router_scope == "model",
+        }
+        return [setting for setting, used in found.items() if used]
+
+    def not_spread(self) -> list[str]:
+        """Settings with which experts cannot be spread over ranks."""
+        found = {
+            f"experts: {self.experts}": self.experts != "linear",
+            "shared_a: true": self.shared_a,
+            "experts_per_layer": bool(self.experts_per_layer),
+            "router: xlora": self.router == "xlora",
+            "freeze_experts: true": self.freeze_experts,
+        }
+        return [setting for setting, used in found.items() if used and self.molora]
+
     @property
     def max_experts(self) -> int:
         """Experts of the layer that has most."""
@@ -181,6 +205,13 @@ def resolve_adapters(section: AdaptersSection, num_tasks: int = 0) -> MoloraConf
         given["experts_per_layer"] = ()
     resolved = replace(PRESETS[section.preset], **given)
     return replace(resolved, num_tasks=num_tasks) if resolved.knows_tasks else resolved
+
+
+def lasting_sources(section: AdaptersSection, adapters: MoloraConfig) -> AdaptersSection:
+    """The section with those folders only that a resumed run reads again: checkpoints hold the rest."""
+    router = section.router_from if adapters.freeze_router else None
+    experts = section.experts_from if adapters.freeze_experts else None
+    return replace(section, router_from=router, experts_from=experts)
 
 
 _DECIDED = frozenset(asdict(MoloraConfig()))

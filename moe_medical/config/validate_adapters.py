@@ -7,10 +7,19 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from moe_medical.config.deepspeed_keys import zero_stage
 from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
-from moe_medical.config.schema import AdaptersSection, RunConfig
+from moe_medical.config.schema import (
+    AdaptersSection,
+    ComputePath,
+    Experts,
+    Router,
+    RouterScope,
+    RunConfig,
+    Selection,
+)
 from moe_medical.config.validate_parallel import expert_parallel_problems
 from moe_medical.errors import ConfigError, Problem
 
@@ -37,6 +46,11 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
     yield from expert_parallel_problems(config.parallel, adapters)
 
 
+def value_problems(adapters: MoloraConfig) -> list[Problem]:
+    """Values that no setting may have, alone and without a run."""
+    return [*_names(adapters), *_ranges(adapters)]
+
+
 def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
     """Check `unknown_task` once the tasks are known.
 
@@ -47,6 +61,19 @@ def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
         rule = "must be `mean`, `refuse` or a task of the mixture"
         fix = f"Tasks there: {', '.join(tasks)}."
         raise ConfigError("adapters", [Problem("adapters.unknown_task", rule, adapters.unknown_task, fix)])
+
+
+def _names(a: MoloraConfig) -> Iterator[Problem]:
+    known = {
+        "experts": Experts,
+        "router": Router,
+        "router_scope": RouterScope,
+        "selection": Selection,
+        "path": ComputePath,
+    }
+    for key, names in known.items():
+        rule = f"must be one of {', '.join(get_args(names))}"
+        yield from _rule(f"adapters.{key}", getattr(a, key), getattr(a, key) in get_args(names), rule)
 
 
 def _ranges(a: MoloraConfig) -> Iterator[Problem]:
@@ -75,9 +102,9 @@ def _routers(a: MoloraConfig) -> Iterator[Problem]:
         yield Problem("adapters.groups", rule, a.groups)
     if not grouped and a.groups > 1:
         yield Problem("adapters.groups", f"must be 1 under a {a.router} router", a.groups)
-    if a.router_scope == "model" and a.experts_per_layer:
-        rule = "must not be `model` where the number of experts differs by layer"
-        yield Problem("adapters.router_scope", rule, a.router_scope)
+    if a.experts_per_layer and (a.router_scope == "model" or a.router == "xlora"):
+        rule = "must be left out where one router, or classifier, serves all layers"
+        yield Problem("adapters.experts_per_layer", rule, list(a.experts_per_layer))
     if a.router == "xlora" and a.router_scope not in ("module", "model"):
         rule = "must be `module` or `model` under X-LoRA, whose classifier decides for all layers"
         yield Problem("adapters.router_scope", rule, a.router_scope)
@@ -88,7 +115,11 @@ def _routers(a: MoloraConfig) -> Iterator[Problem]:
         yield Problem(
             "adapters.top_k", "must be 0 under a threshold router, which sets their number", a.top_k
         )
-    if a.selection == "sample" and a.active() == a.max_experts:
+    if a.selection == "sample" and a.router == "task":
+        yield Problem(
+            "adapters.selection", "must be `top_k` under a task gate: a task decides once", "sample"
+        )
+    elif a.selection == "sample" and a.active() == a.max_experts:
         rule = "must be `top_k` where every expert is used: there is nothing to draw"
         yield Problem("adapters.selection", rule, a.selection)
 
@@ -103,6 +134,8 @@ def _experts(a: MoloraConfig) -> Iterator[Problem]:
         yield Problem(
             "adapters.shared_a", "must be false with rank_split, and with whole blocks as experts", True
         )
+    if a.path in ("grouped", "triton") and a.shared_a:
+        yield Problem("adapters.path", "must be `auto` or `concat` where experts share A", a.path)
     if a.experts == "block" and a.shared_experts:
         rule = "must be 0 with `experts: block`: a shared expert is for single linears or full copies"
         yield Problem("adapters.shared_experts", rule, a.shared_experts)
@@ -145,10 +178,11 @@ def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
         yield Problem("adapters.start_noise", rule, section.start_noise)
     if folders and a.experts == "ffn":
         yield Problem("adapters.experts_from", "must be left out with `experts: ffn`", list(folders))
-    paths = [*folders, *([section.router_from] if section.router_from else [])]
-    for path in paths:
-        if not Path(path).is_dir():
-            yield Problem("adapters", "must name existing folders, relative to the run file", path)
+    if len(folders) > 1 and (a.shared_a or a.experts_per_layer):
+        rule = (
+            "must name one adapter with shared_a or experts_per_layer: no expert would be a LoRA of its own"
+        )
+        yield Problem("adapters.experts_from", rule, len(folders))
 
 
 def _losses(a: MoloraConfig) -> Iterator[Problem]:
@@ -175,21 +209,14 @@ def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
     if lends and config.training.activation_checkpointing == "reentrant":
         rule = "must not be `reentrant` with a router for the whole model: its gradient would come in parts"
         yield Problem("training.activation_checkpointing", rule, "reentrant", "Use non_reentrant.")
-    whole = {
-        "experts: ffn": a.experts == "ffn",
-        "dora: true": a.dora,
-        "router: xlora": a.router == "xlora",
-        "freeze_router: true": a.freeze_router,
-        "freeze_experts: true": a.freeze_experts,
-        "router_scope: model": bool(a.molora) and a.router_scope == "model",
-    }
-    for what in (key for key, used in whole.items() if used and _stage(parallel.deepspeed) == 3):
-        yield Problem("parallel.deepspeed", f"must be below ZeRO-3 with adapters.{what}", 3, "Use ZeRO-2.")
-    spread = {"experts: " + a.experts: a.experts != "linear", "shared_a": a.shared_a}
-    spread |= {"experts_per_layer": bool(a.experts_per_layer), "router: xlora": a.router == "xlora"}
-    spread |= {"freeze_experts": a.freeze_experts}
-    for what in (key for key, used in spread.items() if used and a.molora and parallel.ep_size > 1):
-        yield Problem("parallel.ep_size", f"must be 1 with adapters.{what}", parallel.ep_size)
+    if _stage(parallel.deepspeed) == 3:
+        for what in a.not_under_zero3():
+            yield Problem(
+                "parallel.deepspeed", f"must be below ZeRO-3 with adapters.{what}", 3, "Use ZeRO-2."
+            )
+    if parallel.ep_size > 1:
+        for what in a.not_spread():
+            yield Problem("parallel.ep_size", f"must be 1 with adapters.{what}", parallel.ep_size)
 
 
 def _stage(path: str) -> int:

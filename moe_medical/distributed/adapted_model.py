@@ -146,14 +146,36 @@ class AdaptedModel:
 
     @cached_property
     def expert_parameters(self) -> int:
-        """Of all experts of all layers."""
-        return sum(sum(self.expert_sizes(name)) for name in self.routed)
+        """Of all experts of all layers that are trained."""
+        return sum(0 if self.adapters.freeze_experts else sum(self.expert_sizes(n)) for n in self.routed)
 
     @cached_property
     def shared_parameters(self) -> int:
         """Of routers, shared experts and plain LoRA, which every rank has."""
         plain = sum(sum(self.plain_sizes(name)) for name, kind in self.kinds.items() if kind == "lora")
-        return plain + sum(sum(self.router_sizes(name)) + self._always_used(name) for name in self.routed)
+        always = sum(self._always_used(name) for name in self.routed)
+        return plain + always + self._classifier() + sum(sum(self.router_sizes(name)) for name in self.routed)
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that the optimizer gets."""
+        return self.expert_parameters + self.shared_parameters
+
+    def _classifier(self) -> int:
+        """X-LoRA's, for all layers."""
+        if self.adapters.router != "xlora" or not self.routed:
+            return 0
+        depth = 1 if self.adapters.router_scope == "model" else len(self.routed)
+        return depth * self.adapters.num_experts * (self.base.hidden + 1)
+
+    @property
+    def spread_experts(self) -> int:
+        """Experts of a layer that ranks may share; 0 where they may not."""
+        return self.adapters.num_experts if self.routed and not self.adapters.not_spread() else 0
+
+    def allows(self, stage: int) -> bool:
+        """Whether the adapters can be trained at a ZeRO stage."""
+        return stage < 3 or not self.adapters.not_under_zero3()
 
     def settings(self, name: str) -> MoloraConfig:
         """Of a layer: the number of experts may follow its depth."""
@@ -174,8 +196,7 @@ class AdaptedModel:
 
     def router_sizes(self, name: str) -> tuple[int, ...]:
         """Numbers in each parameter of a layer's router; none where another layer's is used."""
-        owners = self.deciding if self.adapters.router_scope != "model" else frozenset(self.routed[:1])
-        if name not in owners:
+        if name not in self._router_owners or self.adapters.freeze_router:
             return ()
         return router_sizes(self.settings(name), self.base.linears[name].in_features)
 
@@ -192,11 +213,20 @@ class AdaptedModel:
         scopes = routing_scopes(self.routed, scope)
         return frozenset({scope: name for name, scope in reversed(scopes.items())}.values())
 
+    @cached_property
+    def _router_owners(self) -> frozenset[str]:
+        first = list(routing_scopes(self.routed, self.adapters.router_scope))[:1]
+        return frozenset(first) if self.adapters.router_scope == "model" else self.deciding
+
     def _always_used(self, name: str) -> int:
+        """Of shared experts, and of their gates where these are trained."""
         at, shape = self.settings(name), self.base.linears[name]
+        gates = at.shared_experts * (
+            at.learn_shared_weight and (at.experts == "linear" or name in self.deciding)
+        )
         if at.experts == "ffn":
-            return at.shared_experts * shape.in_features * shape.out_features
-        return at.shared_experts * at.expert_rank() * (shape.in_features + shape.out_features)
+            return at.shared_experts * shape.in_features * shape.out_features + gates
+        return at.shared_experts * at.expert_rank() * (shape.in_features + shape.out_features) + gates
 
     @cached_property
     def front(self) -> frozenset[str]:

@@ -128,8 +128,8 @@ def recommend(
         workload: One rank's work.
         device_memory: Bytes that a rank may use.
     """
-    experts = model.adapters.num_experts if model.routed else 0
-    estimates = [estimate(model, other, workload) for other in all_layouts(layout, experts)]
+    layouts = [other for other in all_layouts(layout, model.spread_experts) if model.allows(other.zero.stage)]
+    estimates = [estimate(model, other, workload) for other in layouts]
     # Offloading sends nothing between ranks, but every state over the host's bus in every step.
     fitting = [e for e in estimates if e.memory.device <= device_memory]
     on_device = [e for e in fitting if not e.layout.zero.offload_optimizer] or fitting

@@ -17,6 +17,7 @@ from moe_medical.adapters.starting import start_from
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.config.presets import lasting_sources
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group
 from moe_medical.distributed.expert_parallel import connect_experts
@@ -32,6 +33,7 @@ def assemble(
     adapters: MoloraConfig,
     topology: Topology,
     choose_exchange: Callable[[Mapping[str, MoloraLinear]], str],
+    began: bool = False,
 ) -> tuple[Engine, RoutingContext]:
     """Load, adapt and distribute a model. Collective: every rank must call.
 
@@ -41,12 +43,14 @@ def assemble(
         adapters: Its adapter settings.
         topology: This process among all.
         choose_exchange: Decides for layers that share an input where `parallel.exchange` is `auto`.
+        began: Whether a checkpoint holds the values of what is trained.
     """
     model = load_base_for_engine(base, config, topology).train()
     group = join_expert_group(config.parallel.ep_size)
     shard = group.shard if group else None
     context = attach_adapters(model, adapters, config.run.seed, shard)
-    start_from(model, adapters, config.adapters, config.run.seed, shard)
+    sources = lasting_sources(config.adapters, adapters) if began else config.adapters
+    start_from(model, adapters, sources, config.run.seed, shard)
     if group is not None:
         stage = zero_stage(read_deepspeed(config.parallel.deepspeed))
         dtype = getattr(torch, config.model.dtype)

@@ -76,7 +76,7 @@ def plan_layouts(
         ConfigError: the experts cannot be spread over these ranks as the run file asks.
     """
     layout = Layout.of(config, machines.ranks, machines.gpus)
-    experts = model.adapters.num_experts if model.routed else 0
+    near_by = [n for n in neighbours(layout, model.spread_experts) if model.allows(n.zero.stage)]
     if not is_possible(layout, model.adapters.num_experts):
         rule = f"must divide --nodes x --gpus ({machines.ranks})"
         near = nearest_ep_size(layout.ep_size, model.adapters.num_experts, machines.ranks)
@@ -89,7 +89,7 @@ def plan_layouts(
         workload=workload,
         global_batch=config.training.global_batch,
         chosen=estimate(model, layout, workload),
-        others=[estimate(model, other, workload) for other in neighbours(layout, experts)],
+        others=[estimate(model, other, workload) for other in near_by],
         recommended=recommend(model, layout, workload, machines.gpu_memory * _GIB),
         batching=config.data.batching,
     )

@@ -61,7 +61,7 @@ class RunPlan:
 
     @property
     def trainable(self) -> int:
-        return sum(layer.parameters for layer in self.layers)
+        return self.layouts.model.trainable
 
 
 def make_plan(config: RunConfig, machines: Machines | None = None, shape: str | None = None) -> RunPlan:

@@ -14,6 +14,8 @@ from moe_medical.adapters.placement import match_modules
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import RunConfig, resolve_adapters
+from moe_medical.config.presets import lasting_sources
+from moe_medical.config.schema import AdaptersSection
 from moe_medical.config.validate_adapters import refuse_unknown_task
 from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
@@ -34,6 +36,8 @@ def preflight(config: RunConfig) -> None:
     match_modules(linear_shapes(base), adapters)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
+    began = (Path(config.run.dir) / "checkpoints" / "latest.json").is_file()
+    _refuse_missing_sources(lasting_sources(config.adapters, adapters) if began else config.adapters)
     refuse_unknown_task(adapters, [task.name for task in tasks])
     if adapters.localized_coefficient:
         kinds_of_tasks(adapters, [task.name for task in tasks])
@@ -62,3 +66,14 @@ def _check_writable(folder: Path) -> None:
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         rule = "must be a folder that can be written"
         raise ConfigError("the run file", [Problem("run.dir", rule, str(folder))])
+
+
+def _refuse_missing_sources(section: AdaptersSection) -> None:
+    router = [section.router_from] if section.router_from else []
+    named = {"adapters.router_from": router, "adapters.experts_from": section.experts_from or []}
+    rule = "must name an existing folder, relative to the run file"
+    missing = [
+        Problem(key, rule, f) for key, folders in named.items() for f in folders if not Path(f).is_dir()
+    ]
+    if missing:
+        raise ConfigError("the run file", missing)

@@ -79,8 +79,9 @@ class Trainer:
         self.tasks = self.feed.tasks
         self.adapters = with_labels(resolve_adapters(config.adapters, len(self.tasks)), config.adapters)
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
+        began = self._agreed_newest_step() is not None
         self.engine, self.context = assemble(
-            config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members)
+            config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members), began
         )
         over, names = config.training.balance_over, [task.name for task in self.tasks]
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over, names)

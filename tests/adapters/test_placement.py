@@ -65,7 +65,9 @@ def test_placement_does_not_import_torch():
 def test_whole_blocks_are_ffn_blocks_and_may_be_adapted_in_part():
     model = LlamaForCausalLM(LlamaConfig(**DECODER))
     block = {"experts": "block", "router_scope": "block", "num_experts": 2, "top_k": 2, "lora": ()}
-    with pytest.raises(ConfigError, match=r"adapters.molora must name linears of FFN blocks .*self_attn"):
+    with pytest.raises(
+        ConfigError, match=r"adapters.molora must name linears of plain FFN blocks .*self_attn"
+    ):
         attach_adapters(model, MoloraConfig(**block, molora=(ATTENTION,)), 0)
     model = LlamaForCausalLM(LlamaConfig(**DECODER))
     attach_adapters(model, MoloraConfig(**block, molora=(r".*\.down_proj",)), 0)

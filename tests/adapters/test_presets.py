@@ -368,7 +368,7 @@ CONTRADICTIONS = {
     "adapters.rank must be a multiple of num_experts (8)": ["preset=moelora", "rank=12"],
     "adapters.top_k must be at most num_experts (4)": ["num_experts=4", "top_k=5"],
     "adapters.top_k must be at most 2": ["preset=mola", "top_k=3"],
-    "adapters.router_scope must not be `model`": ["preset=mola", "router_scope=model"],
+    "adapters.experts_per_layer must be left out": ["preset=mola", "router_scope=model"],
     "adapters.groups must be at least 2 and divide num_experts (8)": ["router=hierarchical", "groups=3"],
     "adapters.groups must be 1 under a token router": ["groups=2"],
     "adapters.top_k must be 0 under a threshold router": ["preset=adamole", "top_k=2"],
