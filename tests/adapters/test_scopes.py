@@ -53,9 +53,8 @@ def test_the_first_layer_that_runs_decides(
     kind: str, settings: dict[str, Any], first: str, scope: str
 ) -> None:
     model = tiny(kind, settings)
-    config = MoloraConfig(
-        num_experts=2, top_k=1, rank=4, router_scope=scope, molora=(ATTENTION, FFN), lora=()
-    )
+    everywhere = {"molora": (r".*\.\d+\..*",), "lora": ()}
+    config = MoloraConfig(num_experts=2, rank=4, router_scope=scope, **everywhere)
     attach_adapters(model, config, 0)
     assert next(iter(deciding_layers(model))).endswith(first)
     logits = model(torch.arange(4, 10)[None]).logits
