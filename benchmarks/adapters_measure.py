@@ -79,9 +79,8 @@ class Saved:
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._owned:
-            # Held, or its address is given again; not the tensor, whose graph holds this method for ever.
-            self._seen[storage.data_ptr(), storage.nbytes()] = storage
-        return tensor
+            self._seen[storage.data_ptr(), storage.nbytes()] = storage  # held, or its address is given again
+        return tensor.detach()  # an operator's own output would hold the graph that holds it
 
     @property
     def bytes(self) -> int:
