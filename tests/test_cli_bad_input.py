@@ -219,7 +219,7 @@ def test_a_stray_rank_variable_does_not_hide_the_error(
         ([], "the following arguments are required: VERB"),
         (["plan"], "the following arguments are required: RUN.yaml"),
         (["generate", "adapter", "--batch-rows", "0"], "argument --batch-rows: must be at least 1, got 0"),
-        (["generate", "adapter", "--batch-rows", "x"], "argument --batch-rows: invalid _positive value: 'x'"),
+        (["generate", "adapter", "--batch-rows", "x"], "argument --batch-rows: invalid positive value: 'x'"),
     ],
 )
 def test_wrong_command_line(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ class Trainer:
         self.tasks = self.feed.tasks
         self.adapters = with_labels(resolve_adapters(config.adapters, len(self.tasks)), config.adapters)
         self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
-        began = self._agreed_newest_step() is not None
+        began = self._found_step() is not None
         self.engine, self.context = assemble(
             config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members), began
         )
@@ -162,16 +162,9 @@ class Trainer:
 
     def _restore(self) -> int:
         """Bring back the newest checkpoint; returns the step to go on with, 0 for a fresh start."""
-        step = self._agreed_newest_step()
-        mode, root = self.config.checkpoint.resume, self.folder.checkpoints
-        if step is None and mode == "must":
-            raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
-        if step is None and any(root.glob("step-*.corrupt-*")):
-            raise CheckpointMissingError(
-                f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
-            )
+        step = self._found_step()
         if step is None:
-            _LOG.info("no checkpoint in %s: starting at step 0", root)
+            _LOG.info("no checkpoint in %s: starting at step 0", self.folder.checkpoints)
             return 0
         self._check_wanted(step)
         checkpoint = self.checkpoints.load(step)
@@ -188,6 +181,17 @@ class Trainer:
         if self.topology.is_main:
             for change in self.identity.accepted_changes:
                 _LOG.warning("accepted: %s", change)
+        return step
+
+    def _found_step(self) -> int | None:
+        """Step of the newest checkpoint, None where the run is new and may be."""
+        step, root = self._agreed_newest_step(), self.folder.checkpoints
+        if step is None and self.config.checkpoint.resume == "must":
+            raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
+        if step is None and any(root.glob("step-*.corrupt-*")):
+            raise CheckpointMissingError(
+                f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
+            )
         return step
 
     def _agreed_newest_step(self) -> int | None:
