@@ -69,7 +69,9 @@ def test_files_can_be_read_back(watched: Path) -> None:
     conflict = Conflict.from_json(json.loads(paths.conflict(8).read_text()))
     assert list(routing.tasks) == list(conflict.tasks) == ["last_word", "even"]
     assert routing.counts_LTE.shape == (6, 2, 4)
-    assert routing.values()["router/balance"] == pytest.approx(_series(watched, "router/balance")[8])
+    # The file rounds gate masses to three digits behind the point.
+    balance = pytest.approx(_series(watched, "router/balance")[8], rel=1e-5)
+    assert routing.values()["router/balance"] == balance
     assert conflict.values()["conflict/worst_cosine"] == _series(watched, "conflict/worst_cosine")[8]
     assert conflict.cosine_TT[0, 0] == pytest.approx(1)
 

@@ -8,9 +8,9 @@ tensor is larger than its storage.
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -74,7 +74,7 @@ def _refuse_code(path: Path) -> None:
     """Name what a pickle asks for, from its opcodes alone."""
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise DataError(f"{path}: is not a readable pickle ({_first_line(error)}).") from None
     if unsafe:
         names = ", ".join(sorted(unsafe)[:4])
@@ -84,7 +84,7 @@ def _refuse_code(path: Path) -> None:
 def _read_pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise SecurityRefusal(
             f"{path}: is refused by the restricted loader ({_first_line(error)})."
         ) from None
