@@ -365,6 +365,13 @@ def test_settings_are_the_published_ones() -> None:
 
 
 CONTRADICTIONS = {
+    "adapters.experts_from must name one adapter with shared_a": [
+        "shared_a=true",
+        "num_experts=2",
+        "experts_from=[.,.]",
+    ],
+    "adapters.selection must be `top_k` under a task gate": ["preset=moelora", "top_k=2", "selection=sample"],
+    "adapters.path must be `auto` or `concat` where experts share A": ["preset=hydralora", "path=grouped"],
     "adapters.rank must be a multiple of num_experts (8)": ["preset=moelora", "rank=12"],
     "adapters.top_k must be at most num_experts (4)": ["num_experts=4", "top_k=5"],
     "adapters.top_k must be at most 2": ["preset=mola", "top_k=3"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from moe_medical.adapters.routers import Choice
 from moe_medical.base_model.known_shapes import llama_shape
 from moe_medical.config import MoloraConfig
 from moe_medical.config.presets import PRESETS
-from moe_medical.distributed.adapted_model import AdaptedModel
+from moe_medical.distributed.adapted_model import AdaptedModel, Workload
+from moe_medical.distributed.cost import recommend
+from moe_medical.distributed.layouts import Layout
 from moe_medical.errors import ConfigError
 
 GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64, "rotary_dim": 4}
@@ -135,3 +138,12 @@ def test_laid_out_for_answers_nothing_changes_but_the_strides() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     B = after["model.layers.0.mlp.up_proj.lora_B"]
     assert B.movedim(-2, 0).reshape(B.shape[1], -1).data_ptr() == B.data_ptr()
+
+
+@pytest.mark.parametrize("preset", ["med_moe", "mixlora", "hydralora", "mola", "xlora"])
+def test_no_layout_is_recommended_that_a_run_would_refuse(preset: str) -> None:
+    model = AdaptedModel.of(llama_shape("tiny", DECODER), replace(PRESETS[preset], num_experts=4))
+    best = recommend(model, Layout(8, 8), Workload("float32", 2, 64, 64), 1e12).estimate.layout
+    assert best.ep_size == 1
+    assert model.allows(best.zero.stage)
+    assert model.allows(3) is (preset not in ("med_moe", "xlora"))

@@ -99,3 +99,10 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path: Path) -> None:
     save_adapter(tmp_path / "routed", {"x.lora_A": torch.zeros(1)}, config, META)
     with pytest.raises(ConfigError, match="must be an adapter of plain LoRA layers only"):
         started([tmp_path / "routed"], 0.1)
+
+
+def test_a_dora_started_from_a_lora_is_that_lora(tmp_path: Path) -> None:
+    folder, logits = trained_lora(tmp_path / "lora", 1)
+    model = started([folder], 0.0, molora=(), lora=(FFN, ATTENTION), dora=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
