@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from moe_medical.config.schema import TokenCache
 from moe_medical.console import progress_line
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import TextRows
 from moe_medical.data.store import (
     BatchFile,

@@ -22,15 +22,15 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.adapters.xlora import needs_whole_text
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import Example
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.choices import answer_options, encode_options, likeliest
 from moe_medical.evaluation.generate import generate_ids, pad_left
+from moe_medical.evaluation.loss import row_sums, token_losses
 from moe_medical.evaluation.metric import Answers
 from moe_medical.evaluation.metrics import all_scores
-from moe_medical.evaluation.objective import row_sums, token_losses
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from moe_medical.base_model.embedded import verify_checksums
 from moe_medical.base_model.shapes import weight_files
-from moe_medical.interop.load_moe_medical import ADAPTER_FILE, CONFIG_FILE, MODEL_TYPE
+from moe_medical.interop.loader import ADAPTER_FILE, CONFIG_FILE, MODEL_TYPE
 from moe_medical.interop.new_folder import check_new, copy_beside_weights, new_folder
-from moe_medical.interop.subject import Subject, open_adapter
+from moe_medical.interop.opened import Subject, open_adapter
 
 LOADER, RUNTIME = "load_moe_medical", "moe_medical_runtime"
 _PACKAGE = "moe_medical"

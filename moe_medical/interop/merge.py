@@ -33,7 +33,7 @@ from moe_medical.digest import sha256_file
 from moe_medical.errors import ConfigError, DataError, Problem
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.new_folder import check_new, copy_beside_weights, folder_names, new_folder
-from moe_medical.interop.subject import Subject, check_fixed, fixed_loras, open_adapter, task_number
+from moe_medical.interop.opened import Subject, check_fixed, fixed_loras, open_adapter, task_number
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
 RECORD_FILE = "moe_medical_merge.json"

@@ -31,7 +31,7 @@ from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.merge import is_transposed, merge_matrix, weight_places
 from moe_medical.interop.new_folder import check_new, folder_names, new_folder
-from moe_medical.interop.subject import Subject, check_fixed, fixed_loras, open_adapter
+from moe_medical.interop.opened import Subject, check_fixed, fixed_loras, open_adapter
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 RECORD_FILE = "moe_medical_export.json"

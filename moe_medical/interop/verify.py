@@ -22,7 +22,7 @@ from moe_medical.base_model.load import load_base
 from moe_medical.base_model.shapes import read_header, weight_files
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import DataError
-from moe_medical.interop.subject import Subject
+from moe_medical.interop.opened import Subject
 
 _SENTENCES = (
     "A 54-year-old man has had chest pain for two hours. Which test should be done first?",

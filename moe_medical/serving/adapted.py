@@ -25,8 +25,8 @@ from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ModelSection
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.chat_template import Message
-from moe_medical.data.formats import ChatFormat
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.evaluation.generate import Row, continue_rows
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from moe_medical.evaluation.generate import EndReason, Row, Sampling
 from moe_medical.serving.adapted import Adapted
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Wording
 
 _LOG = logging.getLogger(__name__)
 

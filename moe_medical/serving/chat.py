@@ -12,8 +12,8 @@ from moe_medical.data.chat_template import Message
 from moe_medical.errors import ConfigError, MoeMedicalError, Problem
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.answering import check_sampling
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.answers import check_sampling
+from moe_medical.serving.detokenizer import Wording
 
 _HELP = "/task NAME   /system TEXT   /reset   /quit"
 

@@ -13,8 +13,8 @@ from moe_medical.errors import ConfigError, MoeMedicalError
 from moe_medical.serving.adapted import Adapted, SharedBase
 from moe_medical.serving.batching import Batching, End, QueueFull, Request
 from moe_medical.serving.continuous import Continuous, check_continuous
+from moe_medical.serving.detokenizer import Wording
 from moe_medical.serving.protocol import NAME_PATTERN, ApiError, ChatRequest, TextRequest, Wanted
-from moe_medical.serving.wording import Wording
 
 
 class Service:

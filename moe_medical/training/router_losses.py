@@ -23,7 +23,7 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.objective import run_model
+from moe_medical.evaluation.loss import run_model
 from moe_medical.training.binding import bind_batch
 
 

@@ -12,7 +12,7 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import MoloraConfig, resolve_adapters
 from moe_medical.config.presets import TASK_FEATURES
 from moe_medical.config.schema import AdaptersSection
-from moe_medical.distributed.adapted_model import router_sizes
+from moe_medical.planning.adapted_model import router_sizes
 
 D, F, EXPERTS, TASKS = 12, 20, 4, 3
 

@@ -128,7 +128,7 @@ def _padded(batch: Batch, real_tokens: int) -> Batch:
 def _shares(trainer: Trainer, case: Case) -> list[float]:
     """Share of all ranks' real tokens that choose each expert, over all layers."""
     from moe_medical.adapters.losses import routing_sums
-    from moe_medical.evaluation.objective import run_model
+    from moe_medical.evaluation.loss import run_model
 
     sums = torch.zeros(EXPERTS)
     for batch in _batches(trainer, 0, case):

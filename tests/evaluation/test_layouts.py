@@ -25,7 +25,7 @@ from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import RunConfig, load_config, resolve_adapters
 from moe_medical.config.schema import EvaluationSection
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult

@@ -19,7 +19,7 @@ from moe_medical.errors import ConfigError, DataError
 from moe_medical.interop import merge
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.merge import merge_adapter, merge_matrix
-from moe_medical.interop.subject import open_adapter
+from moe_medical.interop.opened import open_adapter
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
 ATTENTION, MLP = r".*\.(self_attn|attn)\.\w+", r".*\.mlp\.\w+"

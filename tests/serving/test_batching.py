@@ -17,9 +17,9 @@ from moe_medical.serving.adapted import Adapted, load_adapted, load_shared_base
 from moe_medical.serving.app import create_app
 from moe_medical.serving.batching import End, QueueFull, Request, Together
 from moe_medical.serving.continuous import Continuous
+from moe_medical.serving.detokenizer import Wording
 from moe_medical.serving.serve import ServeSettings, serve_adapters
 from moe_medical.serving.service import Service
-from moe_medical.serving.wording import Wording
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from support.tiny import ROOT
 from moe_medical.errors import ConfigError
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.answering import Generation, answer_all
+from moe_medical.serving.answers import Generation, answer_all
 from moe_medical.serving.chat import Conversation
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Wording
 
 TOKENS = 8
 

@@ -14,12 +14,12 @@ from support.tiny import write_tiny_run
 from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.model import attach_adapters, trainable_parameters
 from moe_medical.adapters.routing import RoutingContext, Sequences
-from moe_medical.adapters.starting import start_from
+from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config, resolve_adapters
 from moe_medical.data.batches import IGNORE, Batch, collate
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_recipe
 from moe_medical.data.tasks import load_tasks
 from moe_medical.errors import ConfigError, DataError

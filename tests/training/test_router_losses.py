@@ -19,7 +19,7 @@ from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch, collate, collate_packed
-from moe_medical.evaluation.objective import TokenWeights, token_losses
+from moe_medical.evaluation.loss import TokenWeights, token_losses
 from moe_medical.training.binding import bind_batch
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.step import accumulate
@@ -238,7 +238,7 @@ def _by_autograd(run: str) -> tuple[dict[str, float], float]:
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
     from moe_medical.config import load_config, resolve_adapters
-    from moe_medical.data.formats import Encoded
+    from moe_medical.data.chat import Encoded
 
     config = load_config(run)
     model = load_base(locate_base(config.model), "float32").train()

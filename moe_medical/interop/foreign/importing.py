@@ -22,10 +22,10 @@ from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.foreign import ming, moe_peft, moelora
-from moe_medical.interop.foreign.base import BaseLayers
 from moe_medical.interop.foreign.parts import CONFIG_FILE, Imported, Source
-from moe_medical.interop.foreign.peft_lora import read_peft_lora
+from moe_medical.interop.foreign.peft import read_peft_lora
 from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.source import BaseLayers
 
 Kind = Literal["auto", "peft", "ming", "moelora", "mixlora", "moe-peft"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

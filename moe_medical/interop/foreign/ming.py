@@ -22,7 +22,7 @@ from torch import Tensor
 from moe_medical.config.presets import PRESETS
 from moe_medical.interop.foreign.ledger import Ledger
 from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import (
+from moe_medical.interop.foreign.peft import (
     PREFIX,
     check_settings,
     foreign_modules,

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from moe_medical.config.presets import PRESETS
-from moe_medical.interop.foreign.base import tail_of
 from moe_medical.interop.foreign.ledger import Ledger
 from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import check_settings
+from moe_medical.interop.foreign.peft import check_settings
 from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale
 from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.source import tail_of
 
 PRESET_OF = {"MIXLORA": "mixlora", "MOLA": "mola", "LORAMOE": "lora_moe"}
 MAX_EXPERTS = 1024

@@ -25,7 +25,7 @@ from moe_medical.config.presets import PRESETS, TASK_FEATURES
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.foreign.ledger import Ledger
 from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import PREFIX, check_settings
+from moe_medical.interop.foreign.peft import PREFIX, check_settings
 from moe_medical.interop.foreign.scale import LowRank, Scale
 from moe_medical.interop.foreign.settings import Settings
 

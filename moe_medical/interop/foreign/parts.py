@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
-from moe_medical.interop.foreign.base import BaseLayers
 from moe_medical.interop.foreign.ledger import Ledger
 from moe_medical.interop.foreign.scale import LowRank
 from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.source import BaseLayers
 from moe_medical.interop.foreign.tensors import read_tensors
 
 CONFIG_FILE = "adapter_config.json"

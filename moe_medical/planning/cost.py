@@ -29,10 +29,10 @@ from typing import Literal
 
 from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.config.presets import MoloraConfig
-from moe_medical.distributed.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
-from moe_medical.distributed.layouts import Layout, RankGroups, all_layouts
-from moe_medical.distributed.memory import Memory, memory_of
-from moe_medical.distributed.zero3 import gathered, kept_whole
+from moe_medical.planning.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
+from moe_medical.planning.layouts import Layout, RankGroups, all_layouts
+from moe_medical.planning.memory import Memory, memory_of
+from moe_medical.planning.zero3 import gathered, kept_whole
 
 _NEAR = 1.05
 """Costs nearer than this are equal: the model is no more exact."""

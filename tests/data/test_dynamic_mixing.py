@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_medical.config.schema import DynamicMixSection, MixSection, SeesawSection
-from moe_medical.data.dynamic import (
+from moe_medical.data.dynamic_mixing import (
     LEAD_STEPS,
     RULES,
     DogeRule,
@@ -28,7 +28,7 @@ from moe_medical.data.dynamic import (
     effective_block,
 )
 from moe_medical.data.mixture import MixPlan
-from moe_medical.data.rules import Floats, TaskSize, row_limits, task_weights
+from moe_medical.data.static_mixing import Floats, TaskSize, row_limits, task_weights
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
 from moe_medical.training.mixing import progress
 

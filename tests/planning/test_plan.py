@@ -13,13 +13,13 @@ from support.tiny import ROOT, write_tiny_run
 from moe_medical import cli
 from moe_medical.base_model import locate_base
 from moe_medical.config import RunConfig, load_config, resolve_adapters
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import load_tasks
-from moe_medical.distributed.cost import estimate
 from moe_medical.errors import ConfigError
-from moe_medical.training.layout_plan import Machines, SizedLinear, exchange_chooser, size
-from moe_medical.training.plan import make_plan, show_plan
-from moe_medical.training.sample_sizes import SampleSizes, mixture_sizes
+from moe_medical.planning.cost import estimate
+from moe_medical.planning.layout_plan import Machines, SizedLinear, exchange_chooser, size
+from moe_medical.planning.plan import make_plan, show_plan
+from moe_medical.planning.sample_sizes import SampleSizes, mixture_sizes
 
 TRAINABLE = 2 * (256 + 192 + 192 + 256) + 2 * (1668 + 1668 + 1796)
 """Two layers. LoRA r=4: q, o 32x32, k, v 32x16. MoLoRA E=4, r=4 with routers: gate, up 32x64, down 64x32."""

@@ -23,9 +23,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moe_medical.distributed.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
-from moe_medical.distributed.layouts import Layout
-from moe_medical.distributed.zero3 import kept_whole
+from moe_medical.planning.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
+from moe_medical.planning.layouts import Layout
+from moe_medical.planning.zero3 import kept_whole
 
 _MOMENTS = 2 * FLOAT32
 """Adam's two."""

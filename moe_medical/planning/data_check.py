@@ -11,8 +11,8 @@ from pathlib import Path
 from moe_medical.base_model import locate_base
 from moe_medical.config.schema import ModelSection
 from moe_medical.console import show
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.check import CheckReport, check_recipe, show_report, write_page
-from moe_medical.data.formats import ChatFormat
 from moe_medical.errors import ConfigError, DataError, Problem, StorageError
 
 _NO_LIMIT = 2**40

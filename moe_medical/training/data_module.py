@@ -12,10 +12,10 @@ from moe_medical.base_model import BaseModel
 from moe_medical.config import RunConfig
 from moe_medical.config.schema import Batching
 from moe_medical.data.batches import BatchShape, TrainingBatches
-from moe_medical.data.dynamic import LEAD_STEPS, effective_block
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
+from moe_medical.data.dynamic_mixing import LEAD_STEPS, effective_block
 from moe_medical.data.loader import Loader
-from moe_medical.data.rules import row_limits, spread_caps
+from moe_medical.data.static_mixing import row_limits, spread_caps
 from moe_medical.data.tasks import build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.engine import Engine

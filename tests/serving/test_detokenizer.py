@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support.tiny import write_tiny_model
 from tokenizers import Tokenizer
 
-from moe_medical.data.formats import ChatFormat
-from moe_medical.serving.wording import Wording
+from moe_medical.data.chat import ChatFormat
+from moe_medical.serving.detokenizer import Wording
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import numpy as np
 
 from moe_medical.config.schema import MAX_PREFETCH_STEPS, DynamicMixSection, MixSection
 from moe_medical.data.mixture import MixPlan
-from moe_medical.data.rules import (
+from moe_medical.data.static_mixing import (
     Floats,
     TaskSize,
     bounded_shares,

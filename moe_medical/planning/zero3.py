@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_medical.base_model.known_shapes import block_of
-from moe_medical.distributed.adapted_model import FLOAT32, AdaptedModel, Workload
-from moe_medical.distributed.layouts import Layout
+from moe_medical.planning.adapted_model import FLOAT32, AdaptedModel, Workload
+from moe_medical.planning.layouts import Layout
 
 
 @dataclass(frozen=True)

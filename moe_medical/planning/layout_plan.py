@@ -11,11 +11,11 @@ from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.schema import Batching, Exchange
 from moe_medical.config.validate_parallel import nearest_ep_size
 from moe_medical.console import show, show_table
-from moe_medical.distributed.adapted_model import AdaptedModel, RoutedGroup, Workload
-from moe_medical.distributed.cost import Estimate, Recommendation, choose_exchange, estimate, recommend
-from moe_medical.distributed.layouts import Layout, is_possible, neighbours
 from moe_medical.errors import ConfigError, Problem
-from moe_medical.training.sample_sizes import SampleSizes
+from moe_medical.planning.adapted_model import AdaptedModel, RoutedGroup, Workload
+from moe_medical.planning.cost import Estimate, Recommendation, choose_exchange, estimate, recommend
+from moe_medical.planning.layouts import Layout, is_possible, neighbours
+from moe_medical.planning.sample_sizes import SampleSizes
 
 _GIB = 2**30
 

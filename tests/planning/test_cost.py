@@ -21,10 +21,10 @@ from moe_medical.adapters.model import attach_adapters
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.known_shapes import known_shape, llama_shape, shape_of
 from moe_medical.config import MoloraConfig, load_config, resolve_adapters
-from moe_medical.distributed.adapted_model import AdaptedModel, RoutedGroup, Workload, reach
-from moe_medical.distributed.cost import Estimate, choose_exchange, estimate, recommend
-from moe_medical.distributed.layouts import Layout, RankGroups, ZeroSettings, neighbours
-from moe_medical.distributed.memory import memory_of
+from moe_medical.planning.adapted_model import AdaptedModel, RoutedGroup, Workload, reach
+from moe_medical.planning.cost import Estimate, choose_exchange, estimate, recommend
+from moe_medical.planning.layouts import Layout, RankGroups, ZeroSettings, neighbours
+from moe_medical.planning.memory import memory_of
 
 if TYPE_CHECKING:
     from moe_medical.training.trainer import Trainer
@@ -243,7 +243,7 @@ def test_settings_of_the_json() -> None:
 
 
 def test_the_model_needs_no_torch() -> None:
-    code = "import sys, moe_medical.distributed.cost; sys.exit('torch' in sys.modules)"
+    code = "import sys, moe_medical.planning.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 
 
 class Wording:

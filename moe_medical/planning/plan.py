@@ -15,13 +15,13 @@ from moe_medical.base_model.shapes import LinearShape
 from moe_medical.config import MoloraConfig, RunConfig, resolve_adapters
 from moe_medical.config.schema import MixSection
 from moe_medical.console import show, show_table
-from moe_medical.data.dynamic import LEAD_STEPS
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
+from moe_medical.data.dynamic_mixing import LEAD_STEPS
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
-from moe_medical.distributed.adapted_model import AdaptedModel
-from moe_medical.training.layout_plan import LayoutPlan, Machines, plan_layouts, show_layouts
-from moe_medical.training.mix_report import MixReport, compare_rules, show_comparison
-from moe_medical.training.sample_sizes import SampleSizes, mixture_sizes, task_sizes
+from moe_medical.planning.adapted_model import AdaptedModel
+from moe_medical.planning.layout_plan import LayoutPlan, Machines, plan_layouts, show_layouts
+from moe_medical.planning.mix_report import MixReport, compare_rules, show_comparison
+from moe_medical.planning.sample_sizes import SampleSizes, mixture_sizes, task_sizes
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from moe_medical.config.presets import PRESETS
 from moe_medical.errors import Problem
-from moe_medical.interop.foreign.base import BaseLayers
 from moe_medical.interop.foreign.ledger import Ledger
 from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source
 from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale
 from moe_medical.interop.foreign.settings import END_OF_NAME, Settings
+from moe_medical.interop.foreign.source import BaseLayers
 
 PREFIX = "base_model.model."
 _TENSOR = re.compile(

@@ -13,10 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_medical.adapters.layer import MoloraLinear
 from moe_medical.adapters.model import attach_adapters, routed_layers
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.adapters.starting import start_from
+from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
-from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.config.deepspeed import read_deepspeed, zero_stage
 from moe_medical.config.presets import lasting_sources
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group

@@ -24,7 +24,7 @@ from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import RunConfig
 from moe_medical.console import progress_line, show, show_table
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import (
     Topology,
@@ -38,7 +38,7 @@ from moe_medical.errors import ConfigError, Problem, StorageError
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult
 from moe_medical.evaluation.metrics import left_out
 from moe_medical.interop.partial import restrict_adapter
-from moe_medical.training.preflight import check_context
+from moe_medical.planning.preflight import check_context
 from moe_medical.training.run_folder import write_json
 from moe_medical.training.supervisor import die_with_supervisor, run_ranks, share_cores
 

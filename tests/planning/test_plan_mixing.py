@@ -14,10 +14,10 @@ from support.tiny import write_tiny_run
 from moe_medical import cli
 from moe_medical.config import load_config
 from moe_medical.config.schema import MixSection
-from moe_medical.data.rules import MIX_RULES, TaskSize
+from moe_medical.data.static_mixing import MIX_RULES, TaskSize
 from moe_medical.errors import ConfigError
-from moe_medical.training.mix_report import MixReport, compare_rules, mix_chart, show_comparison
-from moe_medical.training.plan import make_plan, show_plan
+from moe_medical.planning.mix_report import MixReport, compare_rules, mix_chart, show_comparison
+from moe_medical.planning.plan import make_plan, show_plan
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from moe_medical.console import ProgressLine, progress_line, show, show_part
 from moe_medical.errors import ConfigError, DataError, Problem
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Wording
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from moe_medical.data.formats import ChatFormat, TargetTooLong
+from moe_medical.data.chat import ChatFormat, TargetTooLong
 from moe_medical.errors import ConfigError
 
 CHATML = """\

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from moe_medical.config.deepspeed_keys import offloads, read_deepspeed, zero_stage
+from moe_medical.config.deepspeed import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import Exchange, RunConfig
 
 

@@ -17,7 +17,7 @@ from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.config.presets import lasting_sources
 from moe_medical.config.schema import AdaptersSection
 from moe_medical.config.validate_adapters import refuse_unknown_task
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.data.tokens import keep_tokens
 from moe_medical.errors import ConfigError, Problem

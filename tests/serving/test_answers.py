@@ -17,7 +17,7 @@ from moe_medical.config import MoloraConfig
 from moe_medical.errors import ConfigError
 from moe_medical.evaluation.generate import Sampling, generate_ids
 from moe_medical.serving.adapted import Adapted, load_adapted, load_shared_base
-from moe_medical.serving.answering import Generation, answer_all, answer_prompts
+from moe_medical.serving.answers import Generation, answer_all, answer_prompts
 
 TOGETHER, ALONE = Generation(20, 8), Generation(20, 1)
 

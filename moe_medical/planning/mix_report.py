@@ -16,7 +16,14 @@ import numpy as np
 
 from moe_medical.config.schema import MixSection, StaticRule
 from moe_medical.console import show, show_table
-from moe_medical.data.rules import MIX_RULES, Floats, TaskSize, task_weights, unit_shares, units_per_sample
+from moe_medical.data.static_mixing import (
+    MIX_RULES,
+    Floats,
+    TaskSize,
+    task_weights,
+    unit_shares,
+    units_per_sample,
+)
 
 if TYPE_CHECKING:
     import altair as alt

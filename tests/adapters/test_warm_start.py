@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.folder import save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
-from moe_medical.adapters.starting import start_from
+from moe_medical.adapters.warm_start import start_from
 from moe_medical.config import MoloraConfig
 from moe_medical.config.presets import ATTENTION, FFN
 from moe_medical.config.schema import AdaptersSection

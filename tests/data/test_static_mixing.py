@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_medical.config.schema import MixSection
 from moe_medical.data.mixture import MixPlan
-from moe_medical.data.rules import (
+from moe_medical.data.static_mixing import (
     MIX_RULES,
     Floats,
     TaskSize,
