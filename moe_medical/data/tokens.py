@@ -42,7 +42,7 @@ from moe_medical.data.store import (
 if TYPE_CHECKING:
     from moe_medical.data.tasks import TaskData
 
-_CODE = (tokenizers.__version__, code_key("formats", "tokens", "store"))
+_CODE = (tokenizers.__version__, code_key("chat", "tokens", "store"))
 _ROWS_MEASURED = 1024
 _LOG = logging.getLogger(__name__)
 _SCHEMA = pa.schema(
