@@ -304,7 +304,7 @@ def test_folder_problems(tmp_path: Path) -> None:
 
 
 def test_needs_neither_torch_nor_transformers() -> None:
-    modules = "formats mixture recipe sources"
+    modules = "chat mixture recipe sources"
     code = f"import sys\nfor m in '{modules}'.split(): __import__('moe_medical.data.' + m)\n"
     code += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     root = Path(__file__).parents[2]
