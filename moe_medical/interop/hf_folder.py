@@ -32,6 +32,7 @@ from moe_medical.interop.opened import Subject, open_adapter
 
 LOADER, RUNTIME = "load_moe_medical", "moe_medical_runtime"
 _PACKAGE = "moe_medical"
+_LOADER_MODULE = f"{_PACKAGE}.interop.loader"
 _IMPORT = re.compile(rf"^(\s*(?:from|import)\s+){_PACKAGE}(?=[.\s])", re.MULTILINE)
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def export_hf_folder(
 def runtime_sources() -> dict[str, str]:
     """Path -> text of the loader and of every module of ours that it needs, directly or not."""
     found: dict[str, str] = {}
-    wanted = [f"{_PACKAGE}.interop.{LOADER}"]
+    wanted = [_LOADER_MODULE]
     while wanted:
         module = wanted.pop()
         path = _path_of(module)
@@ -103,8 +104,7 @@ def _file_of(module: str) -> Traversable:
 
 def _path_of(module: str) -> str:
     """Where a module stands in the folder: the loader on top, all else in the package beside it."""
-    parts = module.split(".")[1:]
-    return f"{LOADER}.py" if parts[-1] == LOADER else f"{RUNTIME}/{'/'.join(parts)}.py"
+    return f"{LOADER}.py" if module == _LOADER_MODULE else f"{RUNTIME}/{'/'.join(module.split('.')[1:])}.py"
 
 
 def _write_adapter(subject: Subject, draft: Path) -> None:
