@@ -15,15 +15,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from moe_medical.config.presets import PRESETS
 from moe_medical.errors import Problem
-from moe_medical.interop.foreign.ledger import Ledger
-from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source
-from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale
-from moe_medical.interop.foreign.settings import END_OF_NAME, Settings
-from moe_medical.interop.foreign.source import BaseLayers
+from moe_medical.interop.foreign.base_layers import BaseLayers
+from moe_medical.interop.foreign.source import (
+    END_OF_NAME,
+    WEIGHT_FILES,
+    Factors,
+    Imported,
+    Scale,
+    Settings,
+    Source,
+    TensorReader,
+    in_common_scale,
+)
 
 PREFIX = "base_model.model."
 _TENSOR = re.compile(
@@ -47,24 +52,27 @@ def read_peft_lora(source: Source) -> Imported:
     check_settings(settings, "LORA")
     dora = settings.flag("use_dora")
     settings.refuse()
-    ledger = source.ledger(source.tensors(*WEIGHT_FILES))
-    names = foreign_modules(ledger, source.layers)
-    low_rank = take_loras(ledger, settings, source.layers, names)
-    magnitudes = (
-        {ours: _magnitude(ledger, name, source, ours) for name, ours in names.items()} if dora else {}
-    )
-    ledger.refuse()
-    scale, low_rank = common_scale(low_rank)
+    reader = source.reader(*WEIGHT_FILES)
+    names = foreign_modules(reader, source.layers)
+    factors = take_loras(reader, settings, source.layers, names)
+    magnitudes = {}
+    if dora:
+        for name, ours in names.items():
+            own = f"{name}.lora_magnitude_vector"
+            spelt = own if own in reader.tensors else _spelt(reader, own)  # PEFT before 0.11: no `.weight`
+            magnitudes[ours] = reader.take(spelt, source.layers.sizes[ours][1])
+    reader.refuse()
+    scale, factors = in_common_scale(factors)
     config = replace(
         PRESETS["lora"],
         rank=scale.rank,
         alpha=scale.alpha,
         rs_lora=scale.rs_lora,
         dora=dora,
-        dropout=settings.share("lora_dropout"),
-        lora=source.layers.patterns(low_rank),
+        dropout=settings.fraction("lora_dropout"),
+        lora=source.layers.patterns(factors),
     )
-    return Imported(config, low_rank, magnitudes=magnitudes)
+    return Imported(config, factors, magnitudes=magnitudes)
 
 
 def check_settings(settings: Settings, *kinds: str, also: Collection[str] = ()) -> None:
@@ -82,20 +90,22 @@ def check_settings(settings: Settings, *kinds: str, also: Collection[str] = ()) 
         settings.complain("modules_to_save", "must be empty", saved, fix)
     fix = "It changed the base's weights: convert the adapter with PEFT before."
     settings.must_be("init_lora_weights", *_SAME_BASE, fix=fix)
+    # A key of a later PEFT may well change the forward pass: whatever is not known must be unset.
     settings.must_be_unset(*sorted(settings.values.keys() - _HARMLESS - {"modules_to_save"} - set(also)))
     _check_patterns(settings)
     settings.whole("r")
     settings.number("lora_alpha", zero=False)
-    settings.share("lora_dropout")
+    settings.fraction("lora_dropout")
     settings.flag("use_rslora")
 
 
 def _check_patterns(settings: Settings) -> None:
-    for key in ("target_modules", "exclude_modules"):
-        settings.patterns(key)
-    ranks, alphas = settings.by_pattern("rank_pattern"), settings.by_pattern("alpha_pattern")
+    settings.check_pattern("target_modules")
+    settings.check_pattern("exclude_modules")
+    ranks = settings.by_pattern("rank_pattern")
     for pattern in ranks.values:
         ranks.whole(pattern)
+    alphas = settings.by_pattern("alpha_pattern")
     for pattern in alphas.values:
         alphas.number(pattern, zero=False)
     layers = settings.values.get("layers_to_transform")
@@ -104,67 +114,56 @@ def _check_patterns(settings: Settings) -> None:
         settings.complain("layers_to_transform", "must be layer numbers", layers)
 
 
-def foreign_modules(ledger: Ledger, layers: BaseLayers) -> dict[str, str]:
+def foreign_modules(reader: TensorReader, layers: BaseLayers) -> dict[str, str]:
     """Foreign module name, as it stands before `.lora_A`, -> ours."""
-    matches = (_TENSOR.fullmatch(name) for name in ledger.tensors)
-    names = dict.fromkeys(match["module"] for match in matches if match)
-    bare = {name: name.removeprefix(PREFIX) for name in names}
-    return layers.resolve(bare, ledger.tensors, ledger.source)
+    bare = {name: name.removeprefix(PREFIX) for name in reader.modules(_TENSOR)}
+    return layers.resolve(bare, reader.tensors, reader.source)
 
 
 def take_loras(
-    ledger: Ledger, settings: Settings, layers: BaseLayers, names: Mapping[str, str]
-) -> dict[str, LowRank]:
-    """A and B of each module that the settings or the tensors name."""
-    wanted = targeted(settings, layers.sizes)
+    reader: TensorReader, settings: Settings, layers: BaseLayers, names: Mapping[str, str]
+) -> dict[str, Factors]:
+    """A and B of each module that the settings or the tensors name.
+
+    Args:
+        reader: Of the folder.
+        settings: Checked ones.
+        layers: Of the base.
+        names: From `foreign_modules`.
+    """
+    wanted = _targeted(settings, layers.sizes)
     for name, ours in names.items():
         if wanted is not None and ours not in wanted:
-            ledger.complain(Problem(name, "is not among target_modules"))
+            reader.complain(Problem(name, "is not among target_modules"))
     foreign = {ours: name for name, ours in names.items()}
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in ledger.tensors) else ""
-    every = dict.fromkeys([*foreign, *(wanted or ())])
-    ordered = [name for name in layers.sizes if name in every]
-    return {o: _take_lora(ledger, settings, foreign.get(o, prefix + o), layers.sizes[o]) for o in ordered}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in reader.tensors) else ""
+    found = {}
+    for ours, (in_features, out_features) in layers.sizes.items():
+        if ours in foreign or ours in (wanted or ()):
+            name = foreign.get(ours, prefix + ours)  # one that is not there will be told under this name
+            scale = _scale_of(settings, name.removeprefix(PREFIX))
+            A = reader.take(_spelt(reader, f"{name}.lora_A"), scale.rank, in_features)
+            B = reader.take(_spelt(reader, f"{name}.lora_B"), out_features, scale.rank)
+            found[ours] = Factors(A, B, scale)
+    return found
 
 
-def targeted(settings: Settings, names: Collection[str]) -> list[str] | None:
+def _targeted(settings: Settings, names: Collection[str]) -> list[str] | None:
     """Which linear layers `target_modules` means; None where it does not tell.
 
     Names are ends of ours, whatever stands before them; a pattern may be of the names before a renaming.
     """
     layers = settings.values.get("layers_to_transform")
     numbers = [layers] if isinstance(layers, int) else layers
-    chosen = [name for name in names if _is_named(settings, "target_modules", name)]
-    chosen = [name for name in chosen if not _is_named(settings, "exclude_modules", name)]
-    chosen = [name for name in chosen if not numbers or _number_of(name) in numbers]
-    told = isinstance(settings.values.get("target_modules"), list | dict)
-    return chosen if chosen or told else None
-
-
-def scale_of(settings: Settings, module: str) -> Scale:
-    """Rank and alpha of one module."""
-    rank = _by_pattern(settings.values.get("rank_pattern"), module, settings.whole("r"))
-    alpha = _by_pattern(settings.values.get("alpha_pattern"), module, settings.number("lora_alpha"))
-    return Scale(int(rank), float(alpha), settings.flag("use_rslora"))
-
-
-def _take_lora(ledger: Ledger, settings: Settings, name: str, size: tuple[int, int]) -> LowRank:
-    (in_features, out_features), scale = size, scale_of(settings, name.removeprefix(PREFIX))
-    A = ledger.take(_spelt(ledger, f"{name}.lora_A"), scale.rank, in_features)
-    B = ledger.take(_spelt(ledger, f"{name}.lora_B"), out_features, scale.rank)
-    return LowRank(A, B, scale)
-
-
-def _magnitude(ledger: Ledger, name: str, source: Source, ours: str) -> Tensor:
-    bare, out_features = f"{name}.lora_magnitude_vector", source.layers.sizes[ours][1]
-    spelt = bare if bare in ledger.tensors else _spelt(ledger, bare)
-    return ledger.take(spelt, out_features)
-
-
-def _spelt(ledger: Ledger, name: str) -> str:
-    """With the adapter's name, as in a state that was gathered by hand, or as PEFT writes it."""
-    named = f"{name}.default.weight"
-    return named if named in ledger.tensors else f"{name}.weight"
+    chosen = []
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        in_layers = not numbers or (number is not None and int(number[1]) in numbers)
+        excluded = _is_named(settings, "exclude_modules", name)
+        if _is_named(settings, "target_modules", name) and not excluded and in_layers:
+            chosen.append(name)
+    listed = isinstance(settings.values.get("target_modules"), list | dict)
+    return chosen if chosen or listed else None
 
 
 def _is_named(settings: Settings, key: str, name: str) -> bool:
@@ -174,14 +173,22 @@ def _is_named(settings: Settings, key: str, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in settings.names(key))
 
 
-def _number_of(name: str) -> int | None:
-    number = re.search(r"\.(\d+)\.", name)
-    return None if number is None else int(number[1])
+def _scale_of(settings: Settings, module: str) -> Scale:
+    """Rank and alpha of one module, by its foreign name."""
+    rank = _by_pattern(settings.values.get("rank_pattern"), module, settings.whole("r"))
+    alpha = _by_pattern(settings.values.get("alpha_pattern"), module, settings.number("lora_alpha"))
+    return Scale(int(rank), float(alpha), settings.flag("use_rslora"))
 
 
 def _by_pattern(patterns: Any, module: str, default: float) -> float:
-    """The first whose pattern matches the end of the name."""
+    """The first whose pattern matches the end of the name, as in PEFT's `get_pattern_key`."""
     for pattern, value in (patterns or {}).items():
         if re.match(END_OF_NAME.format(pattern), module):
             return float(value)
     return default
+
+
+def _spelt(reader: TensorReader, name: str) -> str:
+    """With the adapter's name, as in a state that was gathered by hand, or as PEFT writes it."""
+    named = f"{name}.default.weight"
+    return named if named in reader.tensors else f"{name}.weight"
