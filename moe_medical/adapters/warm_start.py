@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_medical.adapters.blocks import BlockLinear
+from moe_medical.adapters.blocks import FfnLoraLinear
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.folder import load_adapter
@@ -123,7 +123,7 @@ class _Source:
 def _start_experts(
     model: nn.Module, sources: Sequence[_Source], noise: float, seed: int, shard: ExpertShard
 ) -> None:
-    layers = [m for m in adapter_modules(model) if isinstance(m, MoloraLinear | BlockLinear | LoraLinear)]
+    layers = [m for m in adapter_modules(model) if isinstance(m, MoloraLinear | FfnLoraLinear | LoraLinear)]
     routed = [layer for layer in layers if not isinstance(layer, LoraLinear)]
     plain = [layer for layer in layers if isinstance(layer, LoraLinear)] if len(sources) == 1 else []
     problems = [
@@ -141,7 +141,11 @@ def _start_experts(
 
 
 def _copy_experts(
-    layer: MoloraLinear | BlockLinear, sources: Sequence[_Source], noise: float, seed: int, shard: ExpertShard
+    layer: MoloraLinear | FfnLoraLinear,
+    sources: Sequence[_Source],
+    noise: float,
+    seed: int,
+    shard: ExpertShard,
 ) -> None:
     own = range(shard.index * len(layer.lora_B), (shard.index + 1) * len(layer.lora_B))
     pairs = [sources[i % len(sources)].factors(layer.name, layer.scaling) for i in own]
@@ -163,7 +167,7 @@ def _with_noise(pair: tuple[Tensor, Tensor], which: int, noise: float, key: str)
     return (noisy, pair[1]) if which == 0 else (pair[0], noisy)
 
 
-def _copy(layer: MoloraLinear | BlockLinear | LoraLinear, A: Tensor, B: Tensor) -> None:
+def _copy(layer: MoloraLinear | FfnLoraLinear | LoraLinear, A: Tensor, B: Tensor) -> None:
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     if isinstance(layer, LoraLinear) and layer.magnitude is not None:

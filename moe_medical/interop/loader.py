@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
 CONFIG_FILE, ADAPTER_FILE = "moe_medical_adapter.json", "moe_medical_adapter.safetensors"
@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
             raise ValueError(f"unknown tasks {unknown}; the model knows {known}")
         device = next(self.model.parameters()).device
         numbers = None if tasks is None else torch.tensor([known.index(t) for t in tasks], device=device)
-        with self.context.bind_tasks(numbers, prompt_mask):
+        with self.context.bind(BatchInputs.of_rows(numbers, prompt_mask)):
             yield
 
 

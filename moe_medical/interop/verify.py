@@ -8,7 +8,6 @@ a coarse dtype would hide, below half of what the adapter changes at all: base w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.base_model.shapes import read_header, weight_files
@@ -56,7 +56,8 @@ def probe_logits(subject: Subject, task_numbers: Sequence[int | None]) -> Probe:
     load_adapter_state(model, subject.state)
     adapted = []
     for number in task_numbers:
-        with nullcontext() if number is None else context.bind_tasks(torch.tensor([number])):
+        task_ids_B = None if number is None else torch.tensor([number])
+        with context.bind(BatchInputs.of_rows(task_ids_B)):
             adapted.append(_logits(model.eval(), ids))
     return Probe(ids, base, adapted)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.layer import linear_sizes
 from moe_medical.adapters.model import attach_adapters, lay_out_for_answers, load_adapter_state
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import MoloraConfig
@@ -124,10 +124,11 @@ class Adapted:
         if not self.needs_rows:
             return nullcontext()
         if not self.config.knows_tasks:
-            return self.context.bind_tasks(None, prompt_mask_BS)
+            return self.context.bind(BatchInputs.of_rows(None, prompt_mask_BS))
         width = max(map(len, tasks))
         padded = [[*numbers, *[-1] * (width - len(numbers))] for numbers in tasks]
-        return self.context.bind_tasks(torch.tensor(padded, device=prompt_mask_BS.device), prompt_mask_BS)
+        task_ids_BM = torch.tensor(padded, device=prompt_mask_BS.device)
+        return self.context.bind(BatchInputs.of_rows(task_ids_BM, prompt_mask_BS))
 
     def _default_tasks(self) -> list[str]:
         default = self.config.unknown_task

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel
 from moe_medical.config import RunConfig
 from moe_medical.config.schema import Batching
@@ -115,7 +115,9 @@ def agreed_batching(wanted: Batching, engine: Engine, context: RoutingContext) -
     if wanted != "packed":
         return wanted
     reason = why_not_packed(
-        engine.module, engine.topology.device, lambda batch: context.bind_sequences(sequences_of(batch))
+        engine.module,
+        engine.topology.device,
+        lambda batch: context.bind(BatchInputs(sequences=sequences_of(batch))),
     )
     if not engine.topology.sum(np.array([reason is not None]))[0]:
         return wanted

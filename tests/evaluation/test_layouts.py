@@ -186,7 +186,7 @@ def test_a_task_gate_is_told_the_rows_tasks(run_file: str) -> None:
     assert other["last_word"] != losses()["last_word"]
     assert answers() == answers(0, 1) != answers(2, 1)
     assert answers()[ROWS:] == answers(2, 1)[ROWS:]
-    assert context.task_ids_BS is None
+    assert context.inputs.task_ids_BS is None
 
 
 def test_evaluations_of_earlier_versions_are_read() -> None:

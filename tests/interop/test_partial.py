@@ -16,6 +16,7 @@ from moe_medical.adapters.model import (
     attach_adapters,
     load_adapter_state,
 )
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import PRESETS, MoloraConfig
@@ -50,7 +51,7 @@ def logits(base: Path, config: MoloraConfig, state: dict[str, Tensor], task: int
     model = fresh(base)
     context = attach_adapters(model, config, seed=0)
     load_adapter_state(model, state)
-    with context.bind_tasks(None if task is None else torch.tensor([task] * len(IDS))):
+    with context.bind(BatchInputs.of_rows(None if task is None else torch.tensor([task] * len(IDS)))):
         return model.eval()(IDS).logits
 
 

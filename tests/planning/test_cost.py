@@ -18,6 +18,7 @@ from support.tiny import ROOT, write_tiny_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_medical.adapters.model import attach_adapters
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.known_shapes import known_shape, llama_shape, shape_of
 from moe_medical.config import MoloraConfig, load_config, resolve_adapters
@@ -296,9 +297,12 @@ def _kept(blocks: int, dtype: str, checkpointing: str, dropout: float) -> float:
     mask = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
     mask[0, -1] = False
     ids = torch.zeros(ROWS, COLUMNS, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor), context.bind(mask):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+        context.bind(BatchInputs(mask)),
+    ):
         model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        for tensor in itertools.chain.from_iterable(context.routings.values()):
+        for tensor in itertools.chain.from_iterable(context.record.routings.values()):
             hold(tensor)
     return sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in weights)
 

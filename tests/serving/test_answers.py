@@ -130,7 +130,7 @@ def test_a_named_default_stands_in_for_a_missing_task(family: Path, tmp_path: Pa
 def test_a_task_is_bound_only_while_answering(family: Path) -> None:
     adapted = load_adapted(family / "gated")
     _answers(adapted)
-    assert adapted.context.task_ids_BS is None
+    assert adapted.context.inputs.task_ids_BS is None
 
 
 @pytest.mark.parametrize(
