@@ -28,7 +28,8 @@ from moe_medical.adapters.model import attach_adapters, load_adapter_state
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
-CONFIG_FILE, ADAPTER_FILE = "moe_medical_adapter.json", "moe_medical_adapter.safetensors"
+CONFIG_FILE = "moe_medical_adapter.json"
+ADAPTER_FILE = "moe_medical_adapter.safetensors"
 MODEL_TYPE = "moe_medical"
 """In config.json, so that transformers refuses the folder rather than loads the base without its experts."""
 
@@ -77,6 +78,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> L
     folder = Path(folder)
     document = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     model = _load_base(folder, dtype or document["meta"].get("dtype", "float32"))
+    # JSON has no tuples.
     values: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in document["config"].items()
     }
@@ -89,13 +91,18 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> L
 
 
 def _load_base(folder: Path, dtype: str) -> nn.Module:
+    """By the base's own class: config.json has a type of ours, which transformers does not know."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["base"]
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    model: nn.Module
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        folder,
+        config=CONFIG_MAPPING[settings["model_type"]].from_dict(settings),
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    if info["missing_keys"]:
+    if info["missing_keys"]:  # transformers would make them up, and only warn
         raise ValueError(f"{folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-    loaded: nn.Module = model
-    return loaded
+    return model
