@@ -1,4 +1,8 @@
-"""`generate`: prompts in, answers out."""
+"""`generate`: prompts in, answers out.
+
+Decision: prompts are answered in batches of like length, so that little is padding; each still gets the
+answer that it would get alone, and answers are in the order of their prompts.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_medical.console import ProgressLine, progress_line, show, show_part
+from moe_medical.console import progress_line, show, show_part
 from moe_medical.errors import ConfigError, DataError, Problem
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.detokenizer import Wording
+from moe_medical.serving.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,22 @@ class _Prompt(NamedTuple):
     text: str
     task: str | None
     """Of the prompt itself."""
+
+    @classmethod
+    def of(cls, line: str) -> _Prompt:
+        """From a JSON object with a `prompt`; any other line, one with a brace too, is the prompt itself."""
+        if line.startswith("{"):
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value.get("prompt"), str):
+                    task = value.get("task")
+                    return cls(value["prompt"], task if task is None else str(task))
+        return cls(line, None)
+
+    def with_answer(self, answer: str) -> str:
+        """One line of JSON."""
+        task = {} if self.task is None else {"task": self.task}
+        return json.dumps({"prompt": self.text, **task, "answer": answer}, ensure_ascii=False)
 
 
 def answer_prompts(
@@ -55,13 +75,25 @@ def answer_prompts(
     check_sampling(generation.sampling, "--temperature", "--top-p")
     lines = _read_prompts(prompts)
     adapted = load_adapted(adapter, base, quantization)
-    tasks = _tasks_of(adapted, lines, task)
+    tasks = []
+    for number, line in enumerate(lines, start=1):  # a line's own task comes before the command line's
+        setting = "--task" if line.task is None else f"task of prompt {number}"
+        tasks.append(adapted.task_numbers(task if line.task is None else line.task, setting))
     if generation.stream and len(lines) == 1:
-        answer_all(adapted, [lines[0].text], tasks, generation, tell=show_part)
+        answer_all(adapted, [lines[0].text], tasks, generation, emit=show_part)
         show("")
         return
     with progress_line("generating", len(lines), visible=True) as progress:
-        _show_answers(adapted, lines, tasks, generation, progress)
+
+        def done(number: int, answer: str) -> None:
+            progress.advance()
+            if generation.stream:
+                show(lines[number].with_answer(answer))
+
+        answers = answer_all(adapted, [line.text for line in lines], tasks, generation, done)
+        if not generation.stream:
+            for line, answer in zip(lines, answers, strict=True):
+                show(line.with_answer(answer))
 
 
 def answer_all(
@@ -70,7 +102,7 @@ def answer_all(
     tasks: Sequence[tuple[int, ...]],
     generation: Generation,
     done: Callable[[int, str], None] = lambda _, __: None,
-    tell: Callable[[str], None] = lambda _: None,
+    emit: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Answers to prompts, in their order.
 
@@ -80,26 +112,41 @@ def answer_all(
         tasks: Of each prompt, from `Adapted.task_numbers`.
         generation: How.
         done: Given the number and the answer of each prompt as soon as it is there.
-        tell: Given the pieces of each answer.
+        emit: Given the pieces of each answer.
     """
-    encoded = [adapted.chat.encode_prompt(p) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    wordings = [Wording(adapted.chat, tell) for _ in prompts]
-    rows = [
-        _row(ids, generation, i, wording, done)
-        for i, (ids, wording) in enumerate(zip(encoded, wordings, strict=True))
-    ]
-    for start in range(0, len(order), generation.batch_rows):
-        chosen = order[start : start + generation.batch_rows]
-        adapted.continue_rows([rows[i] for i in chosen], [tasks[i] for i in chosen])
-    return [wording.text for wording in wordings]
+    encoded = [adapted.chat.encode_prompt(prompt) for prompt in prompts]
+    detokenizers = [Detokenizer(adapted.chat, emit) for _ in prompts]
+
+    def row(number: int) -> Row:
+        sampling = generation.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + number)
+        detokenizer = detokenizers[number]
+        return Row(
+            prompt_ids=encoded[number],
+            max_new_tokens=generation.max_new_tokens,
+            sampling=sampling,
+            take=detokenizer.take,
+            end=lambda _: done(number, detokenizer.finish()),
+        )
+
+    shortest_first = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    for start in range(0, len(prompts), generation.batch_rows):
+        batch = shortest_first[start : start + generation.batch_rows]
+        adapted.continue_rows([row(number) for number in batch], [tasks[number] for number in batch])
+    return [detokenizer.text for detokenizer in detokenizers]
 
 
 def check_sampling(sampling: Sampling, temperature: str, top_p: str) -> None:
     """Refuse what cannot be drawn from.
 
+    Args:
+        sampling: What is asked for.
+        temperature: What the caller calls it.
+        top_p: Likewise.
+
     Raises:
-        ConfigError: naming the settings as the caller does.
+        ConfigError: One of them is out of range.
     """
     problems = []
     if not 0 <= sampling.temperature < float("inf"):
@@ -110,67 +157,14 @@ def check_sampling(sampling: Sampling, temperature: str, top_p: str) -> None:
         raise ConfigError("generate", problems)
 
 
-def _row(
-    ids: list[int], generation: Generation, number: int, wording: Wording, done: Callable[[int, str], None]
-) -> Row:
-    sampling = generation.sampling
-    if sampling.seed is not None:
-        sampling = replace(sampling, seed=sampling.seed + number)
-    return Row(
-        ids, generation.max_new_tokens, sampling, wording.take, lambda _: done(number, wording.finish())
-    )
-
-
-def _show_answers(
-    adapted: Adapted,
-    lines: Sequence[_Prompt],
-    tasks: Sequence[tuple[int, ...]],
-    generation: Generation,
-    progress: ProgressLine,
-) -> None:
-    def done(number: int, answer: str) -> None:
-        progress.advance()
-        if generation.stream:
-            show(_line(lines[number], answer))
-
-    answers = answer_all(adapted, [line.text for line in lines], tasks, generation, done)
-    if not generation.stream:
-        for line, answer in zip(lines, answers, strict=True):
-            show(_line(line, answer))
-
-
-def _line(prompt: _Prompt, answer: str) -> str:
-    task = {} if prompt.task is None else {"task": prompt.task}
-    return json.dumps({"prompt": prompt.text, **task, "answer": answer}, ensure_ascii=False)
-
-
-def _tasks_of(adapted: Adapted, lines: Sequence[_Prompt], default: str | None) -> list[tuple[int, ...]]:
-    """Of each prompt: its own, or the command line's."""
-    found = []
-    for number, line in enumerate(lines, start=1):
-        where = "--task" if line.task is None else f"task of prompt {number}"
-        found.append(adapted.task_numbers(default if line.task is None else line.task, where))
-    return found
-
-
 def _read_prompts(path: Path | None) -> list[_Prompt]:
     try:
         text = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(
-            f"--prompts {path} cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}"
-        ) from None
-    prompts = [_prompt(line.strip()) for line in text.split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise DataError(f"--prompts {path} cannot be read: {reason}") from None
+    # Not `splitlines`, which would cut a prompt at any of Unicode's line ends.
+    prompts = [_Prompt.of(line.strip()) for line in text.split("\n") if line.strip()]
     if not prompts:
         raise DataError(f"{path or 'standard input'} holds no prompt; one per line is expected")
     return prompts
-
-
-def _prompt(line: str) -> _Prompt:
-    if line.startswith("{"):
-        with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value.get("prompt"), str):
-                task = value.get("task")
-                return _Prompt(value["prompt"], task if task is None else str(task))
-    return _Prompt(line, None)

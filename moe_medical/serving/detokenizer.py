@@ -1,4 +1,9 @@
-"""The text of an answer while its tokens come: whole characters, no white space at its ends, stop strings."""
+"""The text of an answer while its tokens come: whole characters, no white space at its ends, stop strings.
+
+Decision: what is handed on is never taken back. So text is held as long as a later token may still change
+what becomes of it: the bytes of half a character, white space that may be the answer's end, and whatever a
+stop string may begin with.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,12 @@ from collections.abc import Callable, Sequence
 from moe_medical.data.chat import ChatFormat
 
 
-class Wording:
-    """Turns tokens into pieces of text that join to the answer; nothing that was told is taken back.
+class Detokenizer:
+    """Turns tokens into pieces of text that join to the answer.
 
     Args:
         chat: Of the model.
-        tell: Given each piece.
+        emit: Given each piece.
         stops: The answer ends before the first of these.
         strip: Whether white space at both ends is left out.
     """
@@ -20,16 +25,20 @@ class Wording:
     def __init__(
         self,
         chat: ChatFormat,
-        tell: Callable[[str], None] = lambda _: None,
+        emit: Callable[[str], None] = lambda _: None,
         stops: Sequence[str] = (),
         strip: bool = True,
     ) -> None:
-        self._decode_next, self._tell = chat.decode_stream(), tell
-        self._decode, self._ids = chat.decode, list[int]()
-        self._stops, self._strip = [stop for stop in stops if stop], strip
-        self._read, self._told = "", 0
         self.stopped = False
         """Whether a stop string was found."""
+        self._chat = chat
+        self._decode_next = chat.decode_stream()
+        self._emit = emit
+        self._stops = [stop for stop in stops if stop]
+        self._strip = strip
+        self._ids: list[int] = []
+        self._decoded = ""
+        self._num_emitted = 0  # characters of `_decoded`
 
     @property
     def num_tokens(self) -> int:
@@ -37,46 +46,52 @@ class Wording:
 
     @property
     def text(self) -> str:
-        """All that was told."""
-        return self._read[: self._told]
+        """All that was handed on."""
+        return self._decoded[: self._num_emitted]
 
     def take(self, token: int) -> bool:
         """The next token; True when a stop string has come."""
         self._ids.append(token)
-        self._add(self._decode_next(token))
+        self._append(self._decode_next(token))
         return self.stopped
 
     def finish(self) -> str:
-        """Tell what was held back, and return the whole answer."""
-        whole = self._decode(self._ids)
-        whole = whole.lstrip() if self._strip else whole
-        if not self.stopped and whole.startswith(self._read):
-            self._add(whole[len(self._read) :])  # half a character at the end
+        """Hand on what was held back, and return the whole answer."""
+        whole = self._chat.decode(self._ids)
+        if self._strip:
+            whole = whole.lstrip()
+        if not self.stopped and whole.startswith(self._decoded):
+            # A stream of single tokens keeps half a character at the end to itself; the whole text shows it.
+            self._append(whole[len(self._decoded) :])
         if not self.stopped:
-            self._tell_up_to(len(self._read.rstrip() if self._strip else self._read))
+            self._emit_up_to(len(self._decoded.rstrip() if self._strip else self._decoded))
         return self.text
 
-    def _add(self, piece: str) -> None:
-        searched = max(0, len(self._read) - max(map(len, self._stops), default=0))
-        self._read += piece.lstrip() if self._strip and not self._read else piece
-        found = [at for stop in self._stops if (at := self._read.find(stop, searched)) >= 0]
+    def _append(self, piece: str) -> None:
+        # A stop string may have begun in an earlier piece, but not further back than its own length.
+        start = max(0, len(self._decoded) - max(map(len, self._stops), default=0))
+        self._decoded += piece.lstrip() if self._strip and not self._decoded else piece
+        found = [at for stop in self._stops if (at := self._decoded.find(stop, start)) >= 0]
         if found:
-            self.stopped, self._read = True, self._read[: min(found)]
-            self._read = self._read.rstrip() if self._strip else self._read
-            self._tell_up_to(len(self._read))
+            self.stopped = True
+            self._decoded = self._decoded[: min(found)]
+            if self._strip:
+                self._decoded = self._decoded.rstrip()
+            self._emit_up_to(len(self._decoded))
         else:
-            self._tell_up_to(len(self._read) - self._uncertain())
+            self._emit_up_to(len(self._decoded) - self._num_held())
 
-    def _uncertain(self) -> int:
+    def _num_held(self) -> int:
         """Characters at the end that a stop string may begin with, or that may be the answer's end."""
-        starts = (n for stop in self._stops for n in range(1, len(stop)) if self._read.endswith(stop[:n]))
+        starts = (n for stop in self._stops for n in range(1, len(stop)) if self._decoded.endswith(stop[:n]))
         held = max(starts, default=0)
-        if not self._strip:
-            return held
-        sure = self._read[: len(self._read) - held]
-        return held + len(sure) - len(sure.rstrip())
+        if self._strip:
+            sure = self._decoded[: len(self._decoded) - held]
+            held += len(sure) - len(sure.rstrip())
+        return held
 
-    def _tell_up_to(self, end: int) -> None:
-        if end > self._told:
-            piece, self._told = self._read[self._told : end], end
-            self._tell(piece)
+    def _emit_up_to(self, end: int) -> None:
+        if end > self._num_emitted:
+            piece = self._decoded[self._num_emitted : end]
+            self._num_emitted = end
+            self._emit(piece)

@@ -11,7 +11,7 @@ from support.tiny import write_tiny_model
 from tokenizers import Tokenizer
 
 from moe_medical.data.chat import ChatFormat
-from moe_medical.serving.detokenizer import Wording
+from moe_medical.serving.detokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_a_character_is_told_when_all_its_bytes_are_there(folder: Path) -> None:
 def _told(
     chat: ChatFormat, ids: list[int], stops: list[str] | None = None, strip: bool = True
 ) -> tuple[list[str], str]:
-    told: list[str] = []
-    wording = Wording(chat, told.append, stops or [], strip)
+    emitted: list[str] = []
+    detokenizer = Detokenizer(chat, emitted.append, stops or [], strip)
     for token in ids:
-        if wording.take(token):
+        if detokenizer.take(token):
             break
-    return told, wording.finish()
+    return emitted, detokenizer.finish()
 
 
 def _bytes(folder: Path, text: str) -> list[int]:
