@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_medical.adapters.grouped import add_routed
+from moe_medical.adapters.experts import ExpertPath, ExpertShape, apply_topk
 from moe_medical.adapters.layer import AdaptedLinear, Routed, Target, rows_of
 from moe_medical.adapters.routers import Router, new_router
 from moe_medical.adapters.routing import RouterGroup, Routing
@@ -135,9 +135,8 @@ class RoutedFfn(Routed):
         weights_TX = routing.weights_TK
         if count := self._num_shared:
             ids_S = torch.arange(count, device=ids_TX.device) + self.num_experts
-            weight_S = self.shared_gate
-            if weight_S is None:
-                weight_S = weights_TX.new_full((count,), self._shared_weight)
+            fixed_S = weights_TX.new_full((count,), self._shared_weight)
+            weight_S = fixed_S if self.shared_gate is None else self.shared_gate
             ids_TX = torch.cat([ids_TX, ids_S.expand(len(ids_TX), -1)], dim=1)
             weights_TX = torch.cat([weights_TX, weight_S.expand(len(weights_TX), -1)], dim=1)
         return ids_TX, weights_TX / weights_TX.sum(-1, keepdim=True)
@@ -158,7 +157,8 @@ class FfnLoraLinear(AdaptedLinear):
         self.lora_A = nn.Parameter(self._new_A(self.new_generator(), experts, rank, self.in_features))
         self.lora_B = self._new_B(experts, self.out_features, rank)
         self._dispatch = dispatch
-        self._path = target.config.path
+        shape = ExpertShape(experts, rank, 1, self.in_features, self.out_features)
+        self.path = ExpertPath(target.config.path, shape)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
@@ -177,10 +177,11 @@ class FfnLoraLinear(AdaptedLinear):
 
     def _apply_expert(self, y: Tensor, x: Tensor, choice_R: Tensor, overwrite: bool = False) -> Tensor:
         """One expert for each row, with a gate of 1: the block's wrapper applies the real one."""
-        dropout = self.dropout if self.training else 0.0
-        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
-        chosen = (choice_R.unsqueeze(1), torch.ones(len(choice_R), 1, device=x.device))
-        return add_routed(self._path, y, x, *factors, *chosen, overwrite=overwrite)
+        ones_R1 = torch.ones(len(choice_R), 1, device=x.device)
+        path = self.path.on(y.device.type, y.dtype)
+        return apply_topk(
+            y, x, self.factors(), choice_R.unsqueeze(1), ones_R1, path=path, overwrite=overwrite
+        )
 
 
 class FfnCopyLinear(AdaptedLinear):

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard, TokenExchange, WeightExchange
-from moe_medical.adapters.experts import add_low_rank
-from moe_medical.adapters.grouped import add_routed, choose_path
+from moe_medical.adapters.experts import ExpertPath, ExpertShape, LoraFactors, apply_lora, apply_topk
 from moe_medical.adapters.losses import router_loss_tap
-from moe_medical.adapters.routers import Router, new_router
+from moe_medical.adapters.routers import ROUTERS, Router, new_router
 from moe_medical.adapters.routing import RouterGroup, Routing, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
@@ -156,13 +155,9 @@ class AdaptedLinear(AdapterModule):
         self._init_std = target.config.init_std
         self._device = target.device
 
-    def apply_lora(
-        self, y: Tensor, x: Tensor, gate_TE: Tensor | None = None, overwrite: bool = False
-    ) -> Tensor:
-        """y plus the low-rank delta of x, into y itself where it is the base layer's fresh output."""
-        dropout = self.dropout if self.training else 0.0
-        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
-        return add_low_rank(y, x, *factors, gate_TE, overwrite=overwrite)
+    def factors(self) -> LoraFactors:
+        """What is applied now: without dropout outside of training."""
+        return LoraFactors(self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
 
     def _new_A(self, generator: torch.Generator, *shape: int) -> Tensor:
         """PEFT's start, Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(D), 1/sqrt(D)); or N(0, std)."""
@@ -209,7 +204,7 @@ class LoraLinear(AdaptedLinear):
         y: Tensor = self.base(x)
         if self.context.adapters_off:
             return y
-        y = self.apply_lora(y, x, overwrite=True)
+        y = apply_lora(y, x, self.factors(), overwrite=True)
         if self.magnitude is None:
             return y
         with torch.no_grad():  # a constant to the gradient, as in section 4.3 of the paper
@@ -250,7 +245,7 @@ class MoloraLinear(Routed, AdaptedLinear):
             router = new_router(config, self.in_features, generator).to(self._device)
         self.router = router
         self._new_shared_experts(config, generator)
-        self._path, self._active = config.path, config.active(config.num_experts)
+        self.path = ExpertPath(config.path, self._shape_of(config))
         self.weight_exchange: WeightExchange | None = None
         self.token_exchange: TokenExchange | None = None
 
@@ -300,35 +295,39 @@ class MoloraLinear(Routed, AdaptedLinear):
         received = self.token_exchange.dispatch(self.name, x)
         # The base ran on this rank's own tokens; of those received only the delta is wanted, so y is 0 here.
         zeros_RF = y.new_zeros(()).expand(len(received.x_RD), self.out_features)
-        delta_RF = self.apply_lora(zeros_RF, received.x_RD, received.gate_Re)
+        delta_RF = apply_lora(zeros_RF, received.x_RD, self.factors(), received.gate_Re)
         return received.combine(y.reshape(-1, self.out_features), delta_RF).view(y.shape)
-
-    def path_on(self, device_type: str, dtype: torch.dtype) -> str:
-        """How the experts are computed there, `concat`, `grouped` or `triton`.
-
-        Raises:
-            ConfigError: `adapters.path` asks for one that does not fit.
-        """
-        experts, features, rank = self.lora_B.shape
-        sizes = (experts, rank, self._active, self.in_features, features)
-        return choose_path(self._path, *sizes, device_type, dtype, self.lora_A.dim() == 2)
 
     def _apply_experts(self, y: Tensor, x: Tensor) -> Tensor:
         routing = self.route(x.reshape(-1, self.in_features))
-        dropout = self.dropout if self.training else 0.0
-        factors = (self.lora_A, self.lora_B, self.scaling, dropout)
-        chosen = (routing.expert_ids_TK, routing.weights_TK)
-        return add_routed(self._path, y, x, *factors, *chosen, self.weight_exchange, overwrite=True)
+        exchange = self.weight_exchange
+        return apply_topk(
+            y,
+            x,
+            self.factors(),
+            routing.expert_ids_TK,
+            routing.weights_TK,
+            # Experts that come from other ranks go the concat path, whose GEMMs take them as they come.
+            path="concat" if exchange else self.path.on(y.device.type, y.dtype),
+            exchange=exchange,
+            overwrite=True,
+        )
 
     def _apply_shared_experts(self, y: Tensor, x: Tensor) -> Tensor:
+        """Every token takes all of them, with one weight or one for each that is learned."""
         if self.shared_A is None or self.shared_B is None:
             return y
-        dropout = self.dropout if self.training else 0.0
-        scaling, gate_TS = self.scaling * self._shared_weight, None
-        if self.shared_gate is not None:
-            scaling, gate_TS = self.scaling, self.shared_gate.expand(x.numel() // self.in_features, -1)
-        factors = (self.shared_A, self.shared_B, scaling, dropout)
-        return add_low_rank(y, x, *factors, gate_TS, overwrite=True)
+        factors = self.factors()._replace(lora_A=self.shared_A, lora_B=self.shared_B)
+        if self.shared_gate is None:
+            factors = factors._replace(scaling=self.scaling * self._shared_weight)
+            return apply_lora(y, x, factors, overwrite=True)
+        gate_TS = self.shared_gate.expand(x.numel() // self.in_features, -1)
+        return apply_lora(y, x, factors, gate_TS, overwrite=True)
+
+    def _shape_of(self, config: MoloraConfig) -> ExpertShape:
+        experts, features, rank = self.lora_B.shape
+        top_k = ROUTERS[config.router].gates_per_token(config)
+        return ExpertShape(experts, rank, top_k, self.in_features, features, config.shared_a)
 
 
 def _alias(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def assemble(
         _LOG.info("experts spread over %d ranks; layers by exchange: %s", group.size, dict(used))
     else:
         where = (topology.device.type, getattr(torch, config.model.dtype))
-        paths = Counter(layer.path_on(*where) for layer in routed_layers(model).values())
+        paths = Counter(layer.path.on(*where) for layer in routed_layers(model).values())
         if paths:
             _LOG.info("layers by the way their experts are computed: %s", dict(paths))
     _checkpoint_activations(model, config.training.activation_checkpointing)

@@ -142,12 +142,12 @@ def test_concat_path_equals_a_loop_over_tokens(data: st.DataObject):
 def test_gradcheck_of_the_written_out_gradient():
     layer, x = molora(config()).double(), tokens(4).detach().double().requires_grad_()
     gate = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
-    from moe_medical.adapters.experts import add_low_rank
+    from moe_medical.adapters.experts import LoraFactors, apply_lora
 
     def with_dropout(*inputs: Tensor) -> Tensor:
         torch.manual_seed(0)
         y, x, A, B, gate = inputs
-        return add_low_rank(y, x, A, B, scaling=2.0, dropout=0.3, gate_TE=gate)
+        return apply_lora(y, x, LoraFactors(A, B, scaling=2.0, dropout=0.3), gate)
 
     y = layer.base(x).detach().requires_grad_()
     assert torch.autograd.gradcheck(with_dropout, (y, x, layer.lora_A, layer.lora_B, gate))
