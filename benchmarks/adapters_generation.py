@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe_medical.adapters.folder import save_adapter
 from moe_medical.adapters.model import adapter_parameters, lay_out_for_answers
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.embedded import EMBEDDED_NAME
 from moe_medical.base_model.load import load_base
@@ -88,7 +88,7 @@ def writers(case: Case, folder: Path) -> dict[str, Writer]:
 
 
 def binder(context: RoutingContext, device: torch.device) -> Callable[[int], AbstractContextManager[Any]]:
-    return lambda rows: context.bind_tasks(torch.zeros(rows, dtype=torch.long, device=device))
+    return lambda rows: context.bind(BatchInputs.of_rows(torch.zeros(rows, dtype=torch.long, device=device)))
 
 
 def merged(adapted: nn.Module, config: MoloraConfig, folder: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from adapters_case import SCALING, SEED, TASKS, Arm, Case, Kind, plain_logits
 from torch import Tensor, nn
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config.presets import FFN, MoloraConfig
 
 BASE, FLOOR = "base", "base, backward as of adapters"
@@ -104,7 +104,7 @@ def linear_of(case: Case, parameter: str) -> tuple[str, str]:
 
 def bind(context: RoutingContext, case: Case) -> AbstractContextManager[Any]:
     tasks_BS = case.tasks_B[:, None].expand(case.ids_BS.shape)
-    return context.bind(torch.ones_like(case.ids_BS, dtype=torch.bool), tasks_BS)
+    return context.bind(BatchInputs(torch.ones_like(case.ids_BS, dtype=torch.bool), tasks_BS))
 
 
 def token_arm(case: Case, dropout: float = 0.0, path: str = "auto") -> Arm:

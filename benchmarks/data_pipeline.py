@@ -36,10 +36,10 @@ from moe_medical.base_model import locate_base
 from moe_medical.cache import CACHE_VARIABLE
 from moe_medical.config.schema import Batching, DataSection, ModelSection, TokenCache
 from moe_medical.data.batches import BatchShape, TrainingBatches
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_mixture
-from moe_medical.data.rules import weight_schedule
 from moe_medical.data.sources import load_split, splits_of
+from moe_medical.data.static_mixing import weight_schedule
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
 

@@ -33,15 +33,15 @@ from moe_medical.base_model import locate_base
 from moe_medical.base_model.known_shapes import shape_of
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.data.batches import IGNORE, Batch
-from moe_medical.distributed.adapted_model import AdaptedModel, Workload
-from moe_medical.distributed.cost import estimate
 from moe_medical.distributed.engine import Engine
-from moe_medical.distributed.layouts import Layout
 from moe_medical.distributed.topology import start_distributed, stop_distributed
 from moe_medical.distributed.traffic import CollectiveBytes
+from moe_medical.planning.adapted_model import AdaptedModel, Workload
+from moe_medical.planning.cost import estimate
+from moe_medical.planning.layouts import Layout
 from moe_medical.ports import free_port
-from moe_medical.training.assembly import assemble
 from moe_medical.training.router_losses import RouterLosses
+from moe_medical.training.setup import assemble
 from moe_medical.training.step import accumulate, count_step
 
 ROOT = Path(__file__).parents[1]

@@ -50,7 +50,7 @@ from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.report import write_report
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker, paired_error
-from moe_medical.training.feed import Feed
+from moe_medical.training.data_module import Feed
 from moe_medical.training.trainer import Trainer
 
 LOG = logging.getLogger("seesaw")

@@ -21,7 +21,7 @@ from moe_medical.config.schema import RunConfig
 from moe_medical.data.recipe import load_recipe
 from moe_medical.data.sources import load_split
 from moe_medical.data.tokens import keep_tokens
-from moe_medical.training.feed import Feed
+from moe_medical.training.data_module import Feed
 
 LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]

@@ -1,100 +1,99 @@
-"""Low-rank experts of one linear layer applied to all tokens at once (the concat path); plain LoRA is the
-case without a gate.
+"""The weighted sum of a layer's low-rank experts, added to the base layer's output.
 
-Decisions: experts are stacked, lora_A (E, rank, D) and lora_B (E, F, rank), one PEFT LoRA per first index.
-Their weighted sum is one LoRA of rank H = E * rank whose hidden units are multiplied by their expert's gate,
-so two GEMMs serve any E; unchosen experts get gate 0. No loop over experts, no host synchronisation, and
-every expert takes part in backward on every rank. It spends E / K times the FLOPs of the chosen experts
-alone, which is small while H is small against D and F. With an A that all experts share (HydraLoRA, arXiv
-2404.19245) the `rank` hidden units are computed once, and each expert's gated copy meets its own B.
+    y + scaling * sum_i gate_i B_i A_i dropout(x)          experts are stacked, one PEFT LoRA per first index
 
-The gradient is written out because autograd would keep too much for backward: a float mask and the dropped
-input of every adapter, and copies of A and B in the compute dtype. Kept here are only the layer's input (by
-reference; its neighbours and the router share it), the hidden units (with `add_chosen` only those of the
-chosen experts: the others meet a gate of 0 and no gradient), the gate and the parameters. The mask
-of dropout is drawn again in backward from the state that the generator had: that takes less time than one
-Bernoulli draw of torch on CPU, and nothing is kept.
+`apply_lora` is for a plain LoRA and for gates of all experts, `apply_topk` for the chosen ones. Three paths
+compute it (`PATHS`); here is what they share. `ExpertPath` is a layer's choice among them.
 
-The delta is added into the base layer's output where the caller allows it and autograd does too. Under
-`torch.compile`, for views (backward would copy the whole gradient) and for leaves the result is a new tensor.
-
-Under expert parallelism the parameters are this rank's experts only; a `WeightExchange` brings the others
-just before they are used, in forward and again in backward, so that no rank keeps all of them.
+Decisions:
+- The gradient is written out because autograd would keep too much for backward: a float mask and the dropped
+  input of every adapter, and copies of A and B in the compute dtype. Kept here are only the layer's input (by
+  reference; its neighbours and the router share it), hidden units, the gate and the parameters.
+- The delta is added into the base layer's output where the caller allows it and autograd does too. For views
+  (backward would copy the whole gradient), for leaves and under `torch.compile` the result is a new tensor.
+- Under expert parallelism the parameters are this rank's experts only; a `WeightExchange` brings the others
+  just before they are used, in forward and again in backward, so that no rank keeps all of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_medical.adapters import concat, grouped, kernels
+from moe_medical.adapters.dropout import draw_mask, masked
 from moe_medical.adapters.exchange import WeightExchange
+from moe_medical.adapters.paths import GatedLora, Path, spread_gate
 from moe_medical.adapters.routing import Routing
+from moe_medical.errors import ConfigError, Problem
 
 
-def dense_gate(routing: Routing) -> Tensor:
-    """(T, E) float32: the gate of each expert, 0 where it was not chosen."""
-    return spread_gate(routing.weights_TK, routing.expert_ids_TK, routing.logits_TE.shape[-1])
+class LoraFactors(NamedTuple):
+    """The low-rank experts of a layer, as it holds them."""
+
+    lora_A: Tensor
+    """(E, rank, D), or (rank, D) for one adapter without a gate or shared by all experts."""
+    lora_B: Tensor
+    """(E, F, rank), or (F, rank)."""
+    scaling: float
+    """alpha / rank."""
+    dropout: float = 0.0
+    """Probability that an input feature of a token is zeroed; the others grow so that their mean stays."""
 
 
-def add_low_rank(
-    y_TF: Tensor,
-    x_TD: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    gate_TE: Tensor | None = None,
-    exchange: WeightExchange | None = None,
-    *,
-    overwrite: bool = False,
+def apply_lora(
+    y: Tensor, x: Tensor, factors: LoraFactors, gate_TE: Tensor | None = None, *, overwrite: bool = False
 ) -> Tensor:
-    """y + scaling * sum_i gate_i B_i A_i dropout(x), computed in the dtype of y.
+    """y plus the delta of x, computed in the dtype of y.
 
     Args:
-        y_TF: Output of the base layer (..., F), of any leading shape that makes T tokens.
-        x_TD: Input of the layer (..., D), of the same leading shape; not changed.
-        lora_A: (E, rank, D), or (rank, D) for one adapter without a gate or shared by all experts.
-        lora_B: (E, F, rank), or (F, rank).
-        scaling: alpha / rank.
-        dropout: Probability that an input feature of a token is zeroed, to 1 / 65536; the others grow so that
-            their mean stays.
+        y: Output of the base layer (..., F), of any leading shape that makes T tokens.
+        x: Input of the layer (..., D), of the same leading shape; not changed.
+        factors: Of all experts.
         gate_TE: Weight of each expert, or None for a plain LoRA.
-        exchange: Brings the experts of the other ranks; lora_A and lora_B are then (e, ...), this rank's.
         overwrite: Whether y is the caller's own, so that the delta may be added into it. Whoever else kept a
             reference to it, a forward hook of the base layer for one, then sees the sum.
 
     Returns:
         Shape and dtype of y; the same memory where it was overwritten.
     """
-    overwrite = overwrite and may_overwrite(y_TF)
-    return _add(y_TF, x_TD, lora_A, lora_B, gate_TE, None, exchange, scaling, dropout, overwrite)
+    call = _Call("concat", factors.scaling, factors.dropout, overwrite and may_overwrite(y))
+    return _apply(y, x, factors, gate_TE, None, call)
 
 
-def add_chosen(
+def apply_topk(
     y: Tensor,
     x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
+    factors: LoraFactors,
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
-    exchange: WeightExchange | None = None,
     *,
+    path: str = "concat",
+    exchange: WeightExchange | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """`add_low_rank` with the gate of a routing, of which only the chosen experts' hidden units are kept.
+    """`apply_lora` with the gates of chosen experts, of which alone the hidden units are kept.
 
     Args:
-        y, x, lora_A, lora_B, scaling, dropout, exchange, overwrite: See `add_low_rank`.
+        y, x, overwrite: See `apply_lora`.
+        factors: Of all experts, or of this rank's where there is an exchange.
         expert_ids_TK: int64, no expert twice in a row.
         weights_TK: Gate of each chosen expert.
+        path: Of `PATHS`; `concat` where experts are exchanged.
+        exchange: Brings the experts of the other ranks.
     """
-    overwrite = overwrite and may_overwrite(y)
-    return _add(y, x, lora_A, lora_B, weights_TK, expert_ids_TK, exchange, scaling, dropout, overwrite)
+    call = _Call(path, factors.scaling, factors.dropout, overwrite and may_overwrite(y), exchange)
+    return _apply(y, x, factors, weights_TK, expert_ids_TK, call)
+
+
+def dense_gate(routing: Routing) -> Tensor:
+    """(T, E) float32: the gate of each expert, 0 where it was not chosen."""
+    return spread_gate(routing.weights_TK, routing.expert_ids_TK, routing.logits_TE.shape[-1])
 
 
 def may_overwrite(y: Tensor) -> bool:
@@ -104,71 +103,37 @@ def may_overwrite(y: Tensor) -> bool:
     return not torch.is_grad_enabled() or not (y._is_view() or (y.is_leaf and y.requires_grad))
 
 
-class Dropout:
-    """Masks over a layer's input that can be drawn again, so that they need not be kept.
-
-    Sixteen random bits decide about each feature, several times faster on CPU than `bernoulli_`. They come
-    from the device's default generator, whose state activation checkpointing and a resumed run restore.
-
-    Args:
-        device: Of the input.
-        probability: Of zeroing a feature.
-    """
-
-    def __init__(self, device: torch.device, probability: float):
-        self._kept_of_65536 = min(max(round((1 - probability) * 65536), 1), 65535)
-        self._default = _default_generator(device)
-        self._before = self._default.clone_state()
-
-    @property
-    def keep(self) -> float:
-        """The exact probability that a feature stays."""
-        return self._kept_of_65536 / 65536
-
-    def mask(self, x: Tensor, again: bool = False) -> Tensor:
-        """uint8 in the shape of x, 1 where it stays; `again` gives what the first call gave."""
-        generator = self._before.clone_state() if again else self._default
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-        return (bits < self._kept_of_65536 - 32768).view(torch.uint8).view(x.shape)
+# Autograd
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    generator: torch.Generator = torch.get_device_module(device).default_generators[device.index]
-    return generator
+class _Call(NamedTuple):
+    """How the experts are applied; what is not a tensor."""
+
+    path: str
+    scaling: float
+    dropout: float
+    overwrite: bool
+    exchange: WeightExchange | None = None
 
 
-def _add(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gate: Tensor | None,
-    ids_TK: Tensor | None,
-    exchange: WeightExchange | None,
-    scaling: float,
-    dropout: float,
-    overwrite: bool,
+def _apply(
+    y: Tensor, x: Tensor, factors: LoraFactors, gate: Tensor | None, ids_TK: Tensor | None, call: _Call
 ) -> Tensor:
-    if torch.is_grad_enabled() or dropout or exchange:
-        inputs = (y, x, lora_A, lora_B, gate, ids_TK, exchange, scaling, dropout, overwrite)
-        result: Tensor = _AddLowRank.apply(*inputs)
+    if torch.is_grad_enabled() or call.dropout or call.exchange:
+        result: Tensor = _ApplyExperts.apply(y, x, factors.lora_A, factors.lora_B, gate, ids_TK, call)
         return result
+    # Answers: one token at a time, so that what autograd's machinery costs would count.
+    y = y if call.overwrite else y.clone(memory_format=torch.contiguous_format)
     with torch.autocast(y.device.type, enabled=False):
-        units = _Units(lora_A, lora_B, gate, ids_TK, scaling, y.dtype)
-        gated_TH = units.gated(_rows(x.to(y.dtype)) @ units.flat_A.t())
-        if not overwrite:
-            return _rows(y).addmm(gated_TH, units.flat_B.t()).view(y.shape)
-        _rows(y).addmm_(gated_TH, units.flat_B.t())
-        return y
+        lora = GatedLora(factors.lora_A, factors.lora_B, gate, call.scaling, y.dtype)
+        PATHS[call.path].add(_rows(y), _rows(x.to(y.dtype)), lora, ids_TK, False)
+    return y
 
 
-class _AddLowRank(torch.autograd.Function):
-    """The concat path with its gradient; `scale` holds the growth under dropout too.
+class _ApplyExperts(torch.autograd.Function):
+    """Any path with its gradient.
 
-    `gate` is (T, E); with `ids_TK` it is (T, K), and of the hidden units the chosen experts' are kept.
+    `gate` is (T, E); with `ids_TK` it is (T, K).
     """
 
     @staticmethod
@@ -180,148 +145,203 @@ class _AddLowRank(torch.autograd.Function):
         lora_B: Tensor,
         gate: Tensor | None,
         ids_TK: Tensor | None,
-        exchange: WeightExchange | None,
-        scaling: float,
-        dropout: float,
-        overwrite: bool,
+        call: _Call,
     ) -> Tensor:
-        ctx.replay, ctx.scale, mask, kept_mask = None, scaling, None, None
-        if dropout > 0 and torch.compiler.is_compiling():  # a traced graph knows no generators
-            mask = kept_mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - dropout)
-            ctx.scale = scaling / (1 - dropout)
-        elif dropout > 0:
-            ctx.replay = Dropout(x.device, dropout)
-            mask, ctx.scale = ctx.replay.mask(x), scaling / ctx.replay.keep
-        ctx.dtype, ctx.exchange = y.dtype, exchange
-        with torch.autocast(y.device.type, enabled=False):
-            all_A, all_B = exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B)
-            units = _Units(all_A, all_B, gate, ids_TK, ctx.scale, y.dtype)
-            hidden_Th = _rows(masked(x, mask, y.dtype)) @ units.flat_A.t()
-            kept = (all_A, all_B) if exchange and exchange.keep else ()
-            ctx.save_for_backward(x, lora_A, lora_B, gate, ids_TK, kept_mask, units.chosen(hidden_Th), *kept)
-            gated_TH, B_HF = units.gated(hidden_Th), units.flat_B.t()
-            if not overwrite:
-                return _rows(y).addmm(gated_TH, B_HF).view(y.shape)
+        mask, ctx.dropout, share = draw_mask(x, call.dropout)
+        ctx.call = call
+        ctx.scale = call.scaling / share
+        ctx.dtype = y.dtype
+        if call.overwrite:
             ctx.mark_dirty(y)
-            _rows(y).addmm_(gated_TH, B_HF)
-            return y
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        with torch.autocast(y.device.type, enabled=False):
+            all_A, all_B = call.exchange.gather(lora_A, lora_B) if call.exchange else (lora_A, lora_B)
+            lora = GatedLora(all_A, all_B, gate, ctx.scale, y.dtype)
+            kept = PATHS[call.path].add(_rows(y), _rows(masked(x, mask, y.dtype)), lora, ids_TK, True)
+        gathered = (all_A, all_B) if call.exchange and call.exchange.keep else ()
+        ctx.num_gathered = len(gathered)
+        kept_mask = None if ctx.dropout else mask
+        ctx.save_for_backward(x, lora_A, lora_B, gate, kept_mask, *gathered, *kept)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate, ids_TK, mask, hidden, *kept = ctx.saved_tensors
+        x, lora_A, lora_B, gate, mask, *saved = ctx.saved_tensors
+        gathered, kept = saved[: ctx.num_gathered], saved[ctx.num_gathered :]
         _, wants_x, wants_A, wants_B, wants_gate, *_ = ctx.needs_input_grad
-        mask = ctx.replay.mask(x, again=True) if ctx.replay else mask
-        grad_TF, exchange = _rows(grad_y), ctx.exchange
-        grad_x = grad_A = grad_B = grad_gate = summed = None
+        exchange = ctx.call.exchange
+        mask = ctx.dropout.mask(x, again=True) if ctx.dropout else mask
+        grad_x = grad_A = grad_B = grad_gate = travelling = None
         with torch.autocast(grad_y.device.type, enabled=False):
-            all_A, all_B = kept or (exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B))
-            units = _Units(all_A, all_B, gate, ids_TK, ctx.scale, ctx.dtype)
-            hidden_Th = units.spread(hidden)
-            grad_gated_TH = grad_TF @ units.flat_B
-            grad_hidden_Th = units.ungated(grad_gated_TH)
+            all_A, all_B = gathered or (exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B))
+            lora = GatedLora(all_A, all_B, gate, ctx.scale, ctx.dtype)
+            gradients = PATHS[ctx.call.path].gradients(_rows(grad_y), lora, kept)
             if wants_A or exchange:
-                flat_A = grad_hidden_Th.t() @ _rows(masked(x, mask, ctx.dtype))
-                grad_A = flat_A.view(all_A.shape).to(lora_A.dtype)
+                grad_A = gradients.of_A(_rows(masked(x, mask, ctx.dtype))).to(lora_A.dtype)
             if wants_B or exchange:
-                grad_B = units.stacked_B(units.gated(hidden_Th).t() @ grad_TF).to(lora_B.dtype)
-            if exchange:
-                summed = exchange.reduce(grad_A, grad_B)
+                grad_B = gradients.of_B().to(lora_B.dtype)
+            if exchange:  # on their way while the rest is computed
+                travelling = exchange.reduce(grad_A, grad_B)
             if wants_gate:
-                grad_gate = units.grad_gate(grad_gated_TH, hidden_Th)
+                grad_gate = gradients.of_gate()
             if wants_x:
-                # In the shape of x without a view: autograd adds gradients in place only to a sole owner.
-                grad_hidden = grad_hidden_Th.view(*x.shape[:-1], grad_hidden_Th.shape[-1])
-                grad_x = grad_hidden @ units.flat_A
+                grad_x = gradients.of_x(x.shape)
                 grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
-        grad_A, grad_B = summed.wait() if summed else (grad_A, grad_B)
-        return grad_y, grad_x, grad_A, grad_B, grad_gate, None, None, None, None, None
-
-
-class _Units:
-    """All experts of a layer as one LoRA of H hidden units; h = H, or rank where A is shared.
-
-    Weights are in the compute dtype; a gate times the scale is rounded once.
-    """
-
-    def __init__(
-        self,
-        all_A: Tensor,
-        all_B: Tensor,
-        gate: Tensor | None,
-        ids_TK: Tensor | None,
-        scale: float,
-        dtype: torch.dtype,
-    ):
-        experts = len(all_B) if all_B.dim() == 3 else 1
-        self._shared_A = all_A.dim() < all_B.dim()
-        self._experts, self._scale, self._ids_TK, self._B_shape = experts, scale, ids_TK, all_B.shape
-        assert gate is not None or not self._shared_A, "experts that share A differ by their gates"
-        self._weight_TE1 = self._gate_dtype = None
-        if gate is not None:
-            gate_TE = gate if ids_TK is None else spread_gate(gate, ids_TK, experts)
-            assert gate_TE.shape[1] == experts, "a shard of experts needs an exchange"
-            self._weight_TE1, self._gate_dtype = (gate_TE * scale).to(dtype).unsqueeze(-1), gate.dtype
-        self.flat_A = all_A.to(dtype).reshape(-1, all_A.shape[-1])
-        """(h, D)"""
-        self.flat_B = all_B.to(dtype).movedim(-2, 0).reshape(all_B.shape[-2], -1)
-        """(F, H)"""
-
-    def gated(self, hidden_Th: Tensor) -> Tensor:
-        """(T, H): each expert's units times its gate and the scale."""
-        if self._weight_TE1 is None:
-            return hidden_Th * self._scale
-        return (self._per_expert(hidden_Th) * self._weight_TE1).flatten(1)
-
-    def ungated(self, grad_gated_TH: Tensor) -> Tensor:
-        """(T, h): gradient of the units from that of their gated copies."""
-        if self._weight_TE1 is None:
-            return grad_gated_TH * self._scale
-        grad_TEr = grad_gated_TH.unflatten(-1, (self._experts, -1)) * self._weight_TE1
-        return grad_TEr.sum(1) if self._shared_A else grad_TEr.flatten(1)
-
-    def grad_gate(self, grad_gated_TH: Tensor, hidden_Th: Tensor) -> Tensor:
-        """(T, E) or (T, K) in the gate's dtype."""
-        per_unit = grad_gated_TH.unflatten(-1, (self._experts, -1)) * self._per_expert(hidden_Th)
-        grad_TE = per_unit.sum(-1, dtype=self._gate_dtype) * self._scale
-        return grad_TE if self._ids_TK is None else grad_TE.gather(1, self._ids_TK)
-
-    def chosen(self, hidden_Th: Tensor) -> Tensor:
-        """What backward needs of the units: (T, K, rank), those of chosen experts."""
-        if self._ids_TK is None or self._shared_A:
-            return hidden_Th
-        units_TEr = self._per_expert(hidden_Th)
-        return units_TEr.gather(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, units_TEr.shape[-1]))
-
-    def spread(self, hidden: Tensor) -> Tensor:
-        """Undo `chosen`, with 0 for the others: (T, h)."""
-        if self._ids_TK is None or self._shared_A:
-            return hidden
-        rank = hidden.shape[-1]
-        units_TEr = hidden.new_zeros(len(hidden), self._experts, rank)
-        return units_TEr.scatter_(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, rank), hidden).flatten(1)
-
-    def stacked_B(self, grad_HF: Tensor) -> Tensor:
-        """(H, F) -> the shape of B."""
-        *experts, features, rank = self._B_shape
-        return grad_HF.view(*experts, rank, features).transpose(-1, -2)
-
-    def _per_expert(self, hidden_Th: Tensor) -> Tensor:
-        return hidden_Th.unsqueeze(1) if self._shared_A else hidden_Th.unflatten(-1, (self._experts, -1))
-
-
-def spread_gate(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
-    """(T, E): 0 where an expert was not chosen."""
-    zeros_TE = weights_TK.new_zeros(len(weights_TK), num_experts)
-    return zeros_TE.scatter(-1, ids_TK, weights_TK)
-
-
-def masked(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x with dropped features zeroed; a uint8 mask multiplies 3-4 times faster on CPU than a bool one."""
-    x = x.to(dtype)
-    return x if mask is None else x * mask
+        if travelling:
+            grad_A, grad_B = travelling.wait()
+        return grad_y, grad_x, grad_A, grad_B, grad_gate, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., D) -> (T, D)."""
     return x.reshape(-1, x.shape[-1])
+
+
+# Which path
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of one layer's experts, as far as they decide about a path."""
+
+    num_experts: int
+    rank: int
+    top_k: int
+    """Gates of a token."""
+    in_features: int
+    out_features: int
+    shared_a: bool = False
+    """Whether all experts share A."""
+
+    @property
+    def flops_over_base(self) -> float:
+        """FLOPs of the concat path over those of the base layer, E * rank * (D + F) / (D * F)."""
+        return (
+            self.num_experts
+            * self.rank
+            * (self.in_features + self.out_features)
+            / (self.in_features * self.out_features)
+        )
+
+
+class _Row(NamedTuple):
+    """What is known of a path."""
+
+    name: str
+    path: Path
+    why_not: Callable[[ExpertShape, str, torch.dtype], Problem | None]
+    """What keeps it from a device type and a compute dtype."""
+    preferred: Callable[[ExpertShape, str], bool]
+    """Whether `auto` takes it, on a device type, where it fits and no row above is taken."""
+
+
+MEASURED: tuple[tuple[int, int, int, int, dict[tuple[int, int], float]], ...] = (
+    # D, F, T, K, then by (E, rank): time of concat over that of grouped
+    (768, 2048, 512, 2, {(8, 8): 0.5, (8, 16): 0.8, (16, 16): 1.3, (64, 16): 4.4}),
+    (768, 2048, 2048, 2, {(8, 8): 0.4, (8, 16): 0.6, (16, 16): 1.3, (64, 16): 6.0}),
+    (2048, 768, 512, 2, {(8, 8): 0.8, (8, 16): 1.4, (16, 16): 2.2, (64, 16): 5.2}),
+    (2048, 768, 2048, 2, {(8, 8): 0.4, (8, 16): 0.6, (16, 16): 1.1, (64, 16): 5.0}),
+    (576, 1536, 512, 2, {(8, 8): 0.8, (8, 16): 1.4, (16, 16): 2.4, (64, 16): 6.1}),
+    (576, 1536, 2048, 2, {(8, 8): 0.5, (8, 16): 0.8, (16, 16): 1.4, (64, 16): 7.9}),
+    (768, 2048, 512, 1, {(8, 8): 0.9, (8, 16): 1.7, (16, 16): 3.4, (64, 16): 7.9}),
+    (768, 2048, 512, 4, {(8, 8): 0.3, (8, 16): 0.8, (16, 16): 1.4, (64, 16): 3.6}),
+    (768, 2048, 512, 6, {(8, 8): 0.2, (8, 16): 0.4, (16, 16): 0.6, (64, 16): 1.9}),
+)
+"""Forward and backward of the adapter alone, CPU, one thread, float32; bfloat16 breaks even at the same
+FLOPs. On a GPU nothing was measured."""
+
+
+def _grouped_is_faster(shape: ExpertShape, device_type: str) -> bool:
+    """Read from `MEASURED`: nowhere there is `grouped` slower where this takes it."""
+    return shape.flops_over_base > shape.top_k / 6 and shape.top_k < shape.num_experts
+
+
+def _why_not_triton(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
+    if shape.shared_a:
+        return _only_concat("triton")
+    if kernels.available(device_type, shape.rank):
+        return None
+    rule = f"must not be `triton` without a GPU, Triton and a rank 2^n of at most {kernels.MAX_RANK}"
+    return Problem("adapters.path", rule, f"{device_type}, rank {shape.rank}", _TAKE_AUTO)
+
+
+def _why_not_grouped(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
+    if shape.shared_a:
+        return _only_concat("grouped")
+    if (
+        device_type != "cpu" and dtype != torch.bfloat16
+    ):  # torch's kernels for others ask the host for offsets
+        rule = "must not be `grouped` on a GPU below bfloat16"
+        return Problem("adapters.path", rule, str(dtype), _TAKE_AUTO)
+    sizes = (shape.rank, shape.in_features, shape.out_features)
+    step = grouped.ALIGNMENT_BYTES // dtype.itemsize
+    if all(size % step == 0 for size in sizes):
+        return None
+    rule = f"must not be `grouped` unless rank and the layer's sizes are multiples of {step} in {dtype}"
+    return Problem("adapters.path", rule, sizes, _TAKE_AUTO)
+
+
+def _only_concat(path: str) -> Problem:
+    return Problem("adapters.path", "must be `concat` or `auto` where experts share A", path, _TAKE_AUTO)
+
+
+_TAKE_AUTO = "Use `auto`, which takes what fits."
+
+_ROWS = (
+    _Row("triton", kernels, _why_not_triton, lambda shape, device: device != "cpu"),
+    _Row("grouped", grouped, _why_not_grouped, _grouped_is_faster),
+    _Row("concat", concat, lambda shape, device, dtype: None, lambda shape, device: True),
+)
+"""In the order in which `auto` asks."""
+
+PATHS: dict[str, Path] = {row.name: row.path for row in _ROWS}
+"""Those that a run file can name, and `auto`."""
+
+
+def choose_path(wanted: str, shape: ExpertShape, device_type: str, dtype: torch.dtype) -> str:
+    """`concat`, `grouped` or `triton`: what was asked for, or the fastest that fits for `auto`.
+
+    Args:
+        wanted: `adapters.path` of the run file.
+        shape: Of the layer.
+        device_type: `cpu` or `cuda`.
+        dtype: What the layer computes in: that of the base layer's output.
+
+    Raises:
+        ConfigError: The path that was asked for does not fit.
+    """
+    for row in _ROWS:
+        problem = row.why_not(shape, device_type, dtype)
+        if row.name == wanted and problem is not None:
+            raise ConfigError("adapters", [problem])
+        taken = wanted == "auto" and problem is None and row.preferred(shape, device_type)
+        if row.name == wanted or taken:
+            return row.name
+    raise AssertionError(f"{wanted} is no path")
+
+
+class ExpertPath:
+    """The path of one layer: chosen when it first computes on a device and in a dtype, and kept.
+
+    Args:
+        wanted: `adapters.path` of the run file.
+        shape: Of the layer.
+    """
+
+    def __init__(self, wanted: str, shape: ExpertShape) -> None:
+        self._wanted = wanted
+        self._shape = shape
+        self._chosen: dict[tuple[str, torch.dtype], str] = {}
+
+    def on(self, device_type: str, dtype: torch.dtype) -> str:
+        """`concat`, `grouped` or `triton`.
+
+        Raises:
+            ConfigError: The path that was asked for does not fit there.
+        """
+        place = (device_type, dtype)
+        if place not in self._chosen:
+            self._chosen[place] = choose_path(self._wanted, self._shape, *place)
+        return self._chosen[place]

@@ -1,4 +1,4 @@
-"""Triton kernels for the concat path on a GPU: gates, scale and weight casts are fused into the GEMMs' loads.
+"""The concat path by Triton kernels, on a GPU: gates, scale and weight casts are fused into the GEMMs' loads.
 
     hidden = x A^T                            A is cast on load
     y = y + scale * (hidden * gate) B^T       no (T, H) product in memory; B (E, F, rank) is read as it lies
@@ -6,9 +6,9 @@
     grad_B = scale * grad_y^T (hidden * gate) written as (E, F, rank)
     grad_A = grad_hidden^T x,  grad_x = grad_hidden A
 
-The oracle is the PyTorch path, `experts.add_chosen`: the same numbers up to the order of sums and, below
-float32, one rounding less. Accumulators are float32; float32 inputs are multiplied in full precision. What is
-kept for backward is the same too. A program sums its tile alone, without atomics: results are deterministic.
+The oracle is `concat.py`: the same numbers up to the order of sums and, below float32, one rounding less.
+Accumulators are float32; float32 inputs are multiplied in full precision. A program sums its tile alone,
+without atomics: results are deterministic.
 
 Not measured on a GPU: the block sizes are plausible ones. A tile of hidden units holds whole experts, so that
 one program owns each gate's gradient; hence `available` wants a rank that is a power of two, at most 128.
@@ -22,16 +22,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe_medical.adapters.experts import Dropout, masked, may_overwrite, spread_gate
+from moe_medical.adapters.paths import GatedLora, spread_gate
 
 MAX_RANK = 128
-_FEATURES_BLOCK, _TOKENS_BLOCK, _HIDDEN_BLOCK = 64, 64, 64
+_FEATURES_BLOCK = 64
+_TOKENS_BLOCK = 64
+_HIDDEN_BLOCK = 64
 
 
 def interpreted() -> bool:
@@ -46,75 +48,50 @@ def available(device_type: str, rank: int) -> bool:
     return on_device and fits and importlib.util.find_spec("triton") is not None
 
 
-def add_fused(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
-    *,
-    overwrite: bool = False,
-) -> Tensor:
-    """`experts.add_chosen` through the kernels; needs `available`.
-
-    Args:
-        y, x, scaling, dropout, expert_ids_TK, weights_TK, overwrite: See `add_chosen`.
-        lora_A: (E, rank, D).
-        lora_B: (E, F, rank).
-    """
-    overwrite = overwrite and may_overwrite(y)
-    inputs = (y, x, lora_A, lora_B, weights_TK, expert_ids_TK, scaling, dropout, overwrite)
-    result: Tensor = _AddFused.apply(*inputs)
-    return result
+def add(y_TF: Tensor, x_TD: Tensor, lora: GatedLora, ids_TK: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+    """See `Path`; needs `available`. Kept are all hidden units, and the ids."""
+    assert ids_TK is not None, "a plain LoRA goes the concat path"
+    assert lora.gate is not None, "a plain LoRA goes the concat path"
+    hidden_TH = hidden_units(x_TD, lora.lora_A)
+    gate_TE = spread_gate(lora.gate, ids_TK, lora.num_experts)
+    # The kernels read B as (E, F, rank) lies; `model.lay_out_for_answers` may have laid it out otherwise.
+    add_delta(y_TF, hidden_TH, gate_TE, lora.lora_B.contiguous(), lora.scale)
+    return (hidden_TH, ids_TK) if keep else ()
 
 
-class _AddFused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        weights_TK: Tensor,
-        ids_TK: Tensor,
-        scaling: float,
-        dropout: float,
-        overwrite: bool,
-    ) -> Tensor:
-        ctx.replay = Dropout(x.device, dropout) if dropout > 0 else None
-        mask = ctx.replay.mask(x) if ctx.replay else None
-        ctx.scale, ctx.dtype = scaling / (ctx.replay.keep if ctx.replay else 1), y.dtype
-        gate_TE = spread_gate(weights_TK, ids_TK, len(lora_A))
-        hidden_TH = hidden_units(_rows(masked(x, mask, y.dtype)), lora_A)
-        ctx.save_for_backward(x, lora_A, lora_B, weights_TK, ids_TK, hidden_TH)
-        if overwrite:
-            ctx.mark_dirty(y)
-        else:
-            y = y.clone(memory_format=torch.contiguous_format)
-        add_delta(y.view(-1, y.shape[-1]), hidden_TH, gate_TE, lora_B, ctx.scale)
-        return y
+def gradients(grad_TF: Tensor, lora: GatedLora, kept: Sequence[Tensor]) -> _Gradients:
+    """See `Path`."""
+    hidden_TH, ids_TK = kept
+    return _Gradients(grad_TF.contiguous(), lora, hidden_TH, ids_TK)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, weights_TK, ids_TK, hidden_TH = ctx.saved_tensors
-        _, wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
-        mask = ctx.replay.mask(x, again=True) if ctx.replay else None
-        gate_TE = spread_gate(weights_TK, ids_TK, len(lora_A))
-        grad_TF, grad_x, grad_A, grad_B = _rows(grad_y).contiguous(), None, None, None
-        grad_hidden_TH, grad_gate_TE = hidden_gradient(grad_TF, hidden_TH, gate_TE, lora_B, ctx.scale)
-        if wants_A:
-            grad_A = a_gradient(grad_hidden_TH, _rows(masked(x, mask, ctx.dtype)), lora_A)
-        if wants_B:
-            grad_B = b_gradient(grad_TF, hidden_TH, gate_TE, lora_B, ctx.scale)
-        if wants_x:
-            grad_x = masked(input_gradient(grad_hidden_TH, lora_A).view(x.shape), mask, x.dtype)
-        grad_weights = grad_gate_TE.gather(1, ids_TK).to(weights_TK.dtype)
-        return grad_y, grad_x, grad_A, grad_B, grad_weights, None, None, None, None
+
+class _Gradients:
+    """As `concat._Gradients`; a kernel for each product."""
+
+    def __init__(self, grad_TF: Tensor, lora: GatedLora, hidden_TH: Tensor, ids_TK: Tensor):
+        assert lora.gate is not None
+        self._lora = lora
+        self._grad_TF = grad_TF
+        self._hidden_TH = hidden_TH
+        self._ids_TK = ids_TK
+        self._gate_dtype = lora.gate.dtype
+        self._gate_TE = spread_gate(lora.gate, ids_TK, lora.num_experts)
+        self._lora_B = lora.lora_B.contiguous()
+        self._grad_hidden_TH, self._grad_gate_TE = hidden_gradient(
+            grad_TF, hidden_TH, self._gate_TE, self._lora_B, lora.scale
+        )
+
+    def of_A(self, x_TD: Tensor) -> Tensor:
+        return a_gradient(self._grad_hidden_TH, x_TD, self._lora.lora_A)
+
+    def of_B(self) -> Tensor:
+        return b_gradient(self._grad_TF, self._hidden_TH, self._gate_TE, self._lora_B, self._lora.scale)
+
+    def of_gate(self) -> Tensor:
+        return self._grad_gate_TE.gather(1, self._ids_TK).to(self._gate_dtype)
+
+    def of_x(self, shape: torch.Size) -> Tensor:
+        return input_gradient(self._grad_hidden_TH, self._lora.lora_A).view(shape)
 
 
 def hidden_units(x_TD: Tensor, lora_A: Tensor) -> Tensor:
@@ -192,10 +169,6 @@ def _constants(rank: int) -> dict[str, Any]:
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _kernels() -> Any:

@@ -236,9 +236,9 @@ def router_loss_tap(context: RoutingContext, layer_name: str) -> Callable[[Tenso
     Returns:
         None where no batch is bound, so that there is nothing to add.
     """
-    if context.token_mask_BS is None:
+    if context.inputs.token_mask_BS is None:
         return None
-    mask_T = context.token_mask_T
+    mask_T = context.inputs.token_mask_T
     return lambda logits_TE: _Tap.apply(logits_TE, mask_T, context, layer_name)
 
 
@@ -248,13 +248,15 @@ class _Tap(torch.autograd.Function):
         ctx: Any, logits_TE: Tensor, mask_T: Tensor, context: RoutingContext, layer_name: str
     ) -> Tensor:
         ctx.save_for_backward(logits_TE, mask_T)
-        ctx.context, ctx.layer_name = context, layer_name
+        # The context, not its record: that holds these logits, and the graph would keep itself alive.
+        ctx.context = context
+        ctx.layer_name = layer_name
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
-        of_losses = ctx.context.router_gradients.get(ctx.layer_name)
+        of_losses = ctx.context.record.gradients.get(ctx.layer_name)
         if of_losses is not None:
             logits_TE, mask_T = ctx.saved_tensors
             grad_TE = grad_TE + _loss_gradient(logits_TE, of_losses) * mask_T.unsqueeze(-1)

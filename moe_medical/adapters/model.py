@@ -8,26 +8,26 @@ checkpoint is written. The output head and the embeddings are never adapted.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_medical.adapters.blocks import BlockLinear, BlockPlan, FfnLinear, RoutedBlock
+from moe_medical.adapters.blocks import FfnCopyLinear, FfnDispatch, FfnLoraLinear, RoutedFfn
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import (
     AdaptedLinear,
     AdapterModule,
     LoraLinear,
     MoloraLinear,
-    RouterSeat,
+    Routed,
+    Target,
     linear_sizes,
 )
 from moe_medical.adapters.placement import AdapterKind, depth_of, match_modules, routing_scopes
 from moe_medical.adapters.routers import Router, TokenRouter
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import RouterGroup, RoutingContext
 from moe_medical.adapters.xlora import XLoraClassifier, attach_classifier
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
@@ -88,69 +88,88 @@ class _Attaching:
         linears: Sequence[str],
     ):
         self._model, self._config, self._seed, self._shard = model, config, seed, shard
-        self._linears_of_model, self._context = linears, RoutingContext()
+        self._all_linears = linears
+        self._context = RoutingContext()
         self._num_layers = 1 + max(map(depth_of, linears))
-        self._router: Router | None = None
-        """Of the first scope, which lends it to all others where the whole model has one."""
-        self._lender = ""
 
     def attach(self, placement: Mapping[str, AdapterKind]) -> None:
         for name, kind in placement.items():
             if kind == "lora":
-                self._replace(name, LoraLinear(*self._parts(name), self._context))
+                self._replace(name, LoraLinear(self._target(name)))
         routed = [name for name, kind in placement.items() if kind == "molora"]
-        self._blocks(routed) if self._config.experts != "linear" else self._linears(routed)
+        if self._config.experts == "linear":
+            self._attach_linears(routed)
+        else:
+            self._attach_ffn_blocks(routed)
         if routed and self._config.router == "xlora":
             attach_classifier(self._model, routed, self._config, self._seed, self._context)
 
-    def _linears(self, names: list[str]) -> None:
-        scopes = routing_scopes(names, self._config.router_scope)
-        leaders, sizes = {scope: name for name, scope in reversed(scopes.items())}, Counter(scopes.values())
-        for name, scope in scopes.items():
-            leads = leaders[scope] == name
-            followers = sizes[scope] - 1 if leads else 0
-            lent = self._router if leads else None
-            _refuse_other_width(lent, name, linear_sizes(self._model.get_submodule(name)))
-            seat = RouterSeat(scope, followers, leads, self._lender if leads else "")
-            layer = MoloraLinear(*self._parts(name), self._context, self._shard, seat, lent)
+    def _attach_linears(self, names: list[str]) -> None:
+        """Routed experts in single linear layers, in the order in which these run."""
+        routers: dict[str, Router | None] = {}
+        for name, group in router_groups(names, self._config.router_scope).items():
+            target = self._target(name)
+            router = routers.get(group.owner) if group.decider == name else None
+            _refuse_other_width(router, name, linear_sizes(target.base))
+            layer = MoloraLinear(target, self._shard, group, router)
+            routers[name] = layer.router
             self._replace(name, layer)
-            self._keep(name, layer.router)
 
-    def _blocks(self, names: list[str]) -> None:
+    def _attach_ffn_blocks(self, names: list[str]) -> None:
+        """Experts that are whole FFN blocks: first the linears of a block, then the block around them."""
         blocks: dict[str, list[str]] = {}
         for name in names:
             blocks.setdefault(name.rpartition(".")[0], []).append(name)
         _refuse_other_blocks(self._model, blocks)
+        kind = FfnCopyLinear if self._config.experts == "ffn" else FfnLoraLinear
+        owner: str | None = None
+        router: Router | None = None
         for block, members in blocks.items():
-            plan, in_features = BlockPlan(), self._input_size(block)
+            dispatch = FfnDispatch()
+            in_features = self._input_size(block)
             for name in members:
-                parts = self._parts(name)
-                if self._config.experts == "ffn":
-                    self._replace(name, FfnLinear(*parts, self._context, plan))
-                else:
-                    self._replace(name, BlockLinear(*parts, self._context, plan))
-            wrapped = RoutedBlock(*self._parts(block), self._context, plan, in_features, self._router)
+                self._replace(name, kind(self._target(name), dispatch))
+            wrapped = RoutedFfn(self._target(block), dispatch, in_features, owner, router)
             self._replace(block, wrapped)
-            self._keep(block, wrapped.router)
+            if self._config.router_scope == "model":  # the first block's router serves them all
+                owner = wrapped.group.owner
+                router = wrapped.router
 
     def _input_size(self, block: str) -> int:
-        first = next(name for name in self._linears_of_model if name.rpartition(".")[0] == block)
+        """D of the block: its first linear reads what the block reads, adapted or not."""
+        first = next(name for name in self._all_linears if name.rpartition(".")[0] == block)
         sizes = linear_sizes(self._model.get_submodule(first))
         assert sizes is not None, "these are linear layers"
         return sizes[0]
 
-    def _parts(self, name: str) -> tuple[nn.Module, MoloraConfig, str, int]:
+    def _target(self, name: str) -> Target:
         config = self._config.at_depth(depth_of(name), self._num_layers)
-        return self._model.get_submodule(name), config, name, self._seed
+        return Target(self._model.get_submodule(name), config, name, self._seed, self._context)
 
     def _replace(self, name: str, adapted: AdapterModule) -> None:
         parent, _, child = name.rpartition(".")
         before = self._model.get_submodule(name)
         setattr(self._model.get_submodule(parent), child, adapted.train(before.training))
 
-    def _keep(self, name: str, router: Router | None) -> None:
-        if self._config.router_scope == "model" and self._router is None:
-            self._router, self._lender = router, name
+
+def router_groups(names: Iterable[str], scope: str) -> dict[str, RouterGroup]:
+    """Routed layer -> the layers that it shares its decision with, in the order in which they run.
+
+    Args:
+        names: Full names of the routed layers, in the order in which the model has registered them.
+        scope: Of `adapters.router_scope`. With `model` each decoder layer decides anew, by the router of the
+            first one.
+    """
+    group_of = routing_scopes(names, scope)
+    members: dict[str, list[str]] = {}
+    for name, group in group_of.items():
+        members.setdefault(group, []).append(name)
+    first = next(iter(group_of), "")
+    groups = {
+        group: RouterGroup(group, tuple(layers), first if scope == "model" else layers[0])
+        for group, layers in members.items()
+    }
+    return {name: groups[group] for name, group in group_of.items()}
 
 
 def _refuse_other_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -188,7 +207,7 @@ def _is_frozen(name: str, module: AdapterModule, config: MoloraConfig) -> bool:
         return False
     if name.startswith("router."):
         return config.freeze_router
-    routed = isinstance(module, MoloraLinear | BlockLinear | FfnLinear)
+    routed = isinstance(module, MoloraLinear | FfnLoraLinear | FfnCopyLinear)
     return config.freeze_experts and routed and name in ("lora_A", "lora_B", "weight", "bias")
 
 
@@ -231,10 +250,9 @@ def routed_layers(model: nn.Module) -> dict[str, MoloraLinear]:
     return {m.name: m for m in adapter_modules(model) if isinstance(m, MoloraLinear)}
 
 
-def deciding_layers(model: nn.Module) -> dict[str, MoloraLinear | RoutedBlock]:
-    """Full name -> what decides for its scope: a layer that leads it, or a block."""
-    found = (m for m in adapter_modules(model) if isinstance(m, MoloraLinear | RoutedBlock))
-    return {m.name: m for m in found if m.seat.leads}
+def deciding_layers(model: nn.Module) -> dict[str, Routed]:
+    """Full name -> what decides for its router group: a linear layer, or an FFN block."""
+    return {m.name: m for m in adapter_modules(model) if isinstance(m, Routed) and m.decides}
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -59,19 +59,42 @@ class Choice:
         return Routing(logits_TE.softmax(-1).gather(-1, ids_TK), ids_TK, logits_TE)
 
 
+class InitialValues:
+    """First values of parameters, from one generator in a fixed order."""
+
+    def __init__(self, generator: torch.Generator):
+        self._generator = generator
+
+    def linear(self, in_features: int, *shape: int) -> nn.Parameter:
+        """U(-1/sqrt(D), 1/sqrt(D)), torch's default for weight and bias of a linear layer."""
+        bound = 1 / math.sqrt(in_features)
+        return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=self._generator))
+
+    def embedding(self, *shape: int) -> nn.Parameter:
+        """N(0, 1), torch's default for an embedding."""
+        return nn.Parameter(torch.randn(shape, generator=self._generator))
+
+
 class Router(nn.Module):
-    """Anything that gives each token its experts.
+    """Anything that gives each token its experts; a subclass makes the logits.
 
     Args:
-        choice: How they follow from the logits.
+        config: At the layer's depth: `num_experts` is its own.
+        in_features: D of the layer that decides.
+        init: First values; what a subclass draws is drawn in the order of its constructor.
     """
-
-    def __init__(self, choice: Choice):
-        super().__init__()
-        self.choice = choice
 
     knows_tasks = False
     """Whether `logits` reads the tasks of its tokens."""
+
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__()
+        self.choice = Choice.of(config)
+
+    @classmethod
+    def gates_per_token(cls, config: MoloraConfig) -> int:
+        """K: experts that a token is given, of which some may have a gate of 0."""
+        return config.active(config.num_experts)
 
     @property
     def top_k(self) -> int:
@@ -85,49 +108,25 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, side: SideInputs | None = None) -> Routing:
         """Route each token; x_TD is of any float dtype, and stays as it is."""
         side = side or SideInputs()
-        if self.training and self.choice.jitter:
+        if self.training and self.choice.jitter:  # Switch Transformer's, arXiv 2101.03961, section 2.2
             x_TD = x_TD * (1 + self.choice.jitter * (2 * torch.rand_like(x_TD) - 1))
         logits_TE = self.logits(x_TD, side)
         if self.choice.temperature != 1:
             logits_TE = logits_TE / self.choice.temperature
+        # Behind the temperature, so that the router losses see the softmax that the choice sees.
         return self._choose(logits_TE if side.tap is None else side.tap(logits_TE), x_TD, side)
 
     def _choose(self, logits_TE: Tensor, x_TD: Tensor, side: SideInputs) -> Routing:
         return self.choice.routing(logits_TE, self.training)
 
 
-def new_router(config: MoloraConfig, in_features: int, generator: torch.Generator) -> Router:
-    """The router of one scope, its first values drawn from `generator`.
-
-    Args:
-        config: At the layer's depth: `num_experts` is its own.
-        in_features: D of the scope's first layer.
-        generator: Weights are torch's default for a linear layer, task embeddings N(0, 1).
-    """
-    draw = _Draw(generator)
-    choice, experts = Choice.of(config), config.num_experts
-    if config.router == "task":
-        return TaskRouter(choice, draw, config.num_tasks, experts, config.unknown_task == "refuse")
-    if config.router == "threshold":
-        return ThresholdRouter(choice, draw, in_features, experts, config.router_bias)
-    if config.router == "hierarchical":
-        return HierarchicalRouter(choice, draw, in_features, experts, config.router_bias, config.groups)
-    if config.router == "joint":
-        token = TokenRouter(choice, draw, in_features, experts, config.router_bias)
-        return JointRouter(token, draw, config.num_tasks)
-    if config.router == "xlora":
-        return GivenGates(choice)
-    kind = SequenceRouter if config.router == "sequence" else TokenRouter
-    return kind(choice, draw, in_features, experts, config.router_bias)
-
-
 class TokenRouter(Router):
-    """z = W x + b for each token by itself."""
+    """z = W x + b for each token by itself (MING-MOE, MixLoRA, MoLA and most others)."""
 
-    def __init__(self, choice: Choice, draw: _Draw, in_features: int, num_experts: int, bias: bool = True):
-        super().__init__(choice)
-        self.weight = draw.uniform(in_features, num_experts, in_features)
-        self.bias = draw.uniform(in_features, num_experts) if bias else None
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__(config, in_features, init)
+        self.weight = init.linear(in_features, config.num_experts, in_features)
+        self.bias = init.linear(in_features, config.num_experts) if config.router_bias else None
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
         return linear_float32(x_TD, self.weight, self.bias)
@@ -138,6 +137,7 @@ class SequenceRouter(TokenRouter):
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
         if side.prompt_logits_TE is not None:
+            # They were kept behind the temperature, which `forward` is about to apply once more.
             return side.prompt_logits_TE * self.choice.temperature
         if side.sequences is None:
             raise RuntimeError("a sequence router needs to know the prompts: bind them in the RoutingContext")
@@ -152,31 +152,22 @@ class TaskRouter(Router):
     """Task gate of MOELoRA (arXiv 2310.18339): z = W e_j, with e_j the embedding of task j.
 
     A token of several tasks gets the mean of their logits, as its embedding would be their mean; one whose
-    task is not known the mean over all.
-
-    Args:
-        choice: How experts follow from logits; the paper's gate is dense.
-        draw: First values.
-        num_tasks: J.
-        num_experts: E.
-        refuse_unknown: Whether a token without a task is an error.
+    task is not known the mean over all. The paper's gate is dense.
     """
 
     knows_tasks = True
 
-    def __init__(
-        self, choice: Choice, draw: _Draw, num_tasks: int, num_experts: int, refuse_unknown: bool = False
-    ):
-        super().__init__(choice)
-        self.embedding = draw.normal(num_tasks, TASK_FEATURES)
-        self.weight = draw.uniform(TASK_FEATURES, num_experts, TASK_FEATURES)
-        self.refuse_unknown = refuse_unknown
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__(config, in_features, init)
+        self.embedding = init.embedding(config.num_tasks, TASK_FEATURES)
+        self.weight = init.linear(TASK_FEATURES, config.num_experts, TASK_FEATURES)
+        self._refuses_unknown = config.unknown_task == "refuse"
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
-        if side.task_ids_T is None and self.refuse_unknown:
+        if side.task_ids_T is None and self._refuses_unknown:
             rule = "must be given: adapters.unknown_task is `refuse`"
             raise ConfigError("task gate", [Problem("task", rule, fix="Name the task of each sample.")])
-        return _of_tasks(self.embedding, self.weight, side.task_ids_T, len(x_TD))
+        return _task_logits(self.embedding, self.weight, side.task_ids_T, len(x_TD))
 
     def gate_of(self, task_ids_M: Tensor) -> Tensor:
         """(E,) float32: the gates of a sample of these tasks, 0 where not chosen."""
@@ -184,21 +175,19 @@ class TaskRouter(Router):
         return torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)[0]
 
 
-class JointRouter(Router):
+class JointRouter(TokenRouter):
     """Token and task together: z = W x + b + W_T e_j; without a task, the mean of their parts."""
 
     knows_tasks = True
 
-    def __init__(self, token: TokenRouter, draw: _Draw, num_tasks: int):
-        super().__init__(token.choice)
-        experts = len(token.weight)
-        self.weight, self.bias = token.weight, token.bias
-        self.embedding = draw.normal(num_tasks, TASK_FEATURES)
-        self.task_weight = draw.uniform(TASK_FEATURES, experts, TASK_FEATURES)
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__(config, in_features, init)
+        self.embedding = init.embedding(config.num_tasks, TASK_FEATURES)
+        self.task_weight = init.linear(TASK_FEATURES, config.num_experts, TASK_FEATURES)
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
-        of_tasks = _of_tasks(self.embedding, self.task_weight, side.task_ids_T, len(x_TD))
-        return linear_float32(x_TD, self.weight, self.bias) + of_tasks
+        of_tasks_TE = _task_logits(self.embedding, self.task_weight, side.task_ids_T, len(x_TD))
+        return super().logits(x_TD, side) + of_tasks_TE
 
 
 class ThresholdRouter(TokenRouter):
@@ -207,15 +196,16 @@ class ThresholdRouter(TokenRouter):
     p = softmax(W x), tau = sigmoid(w x + b) / E, g_i = (p_i - tau)_+ / sum_j (p_j - tau)_+
     """
 
-    def __init__(self, choice: Choice, draw: _Draw, in_features: int, num_experts: int, bias: bool = False):
-        super().__init__(choice, draw, in_features, num_experts, bias)
-        self.threshold_weight = draw.uniform(in_features, 1, in_features)
-        self.threshold_bias = draw.uniform(in_features, 1)
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__(config, in_features, init)
+        self.threshold_weight = init.linear(in_features, 1, in_features)
+        self.threshold_bias = init.linear(in_features, 1)
 
     def _choose(self, logits_TE: Tensor, x_TD: Tensor, side: SideInputs) -> Routing:
         every = self.choice.routing(logits_TE, training=False)
         experts = logits_TE.shape[-1]
         tau_T1 = linear_float32(x_TD, self.threshold_weight, self.threshold_bias).sigmoid() / experts
+        # The largest p is 1 / E at least and tau below that, so that one expert always stays.
         above_TE = (every.weights_TK - tau_T1).relu()
         total_T1 = above_TE.sum(-1, keepdim=True)
         return every._replace(weights_TK=above_TE / total_T1.clamp(min=torch.finfo(torch.float32).tiny))
@@ -224,46 +214,57 @@ class ThresholdRouter(TokenRouter):
 class HierarchicalRouter(TokenRouter):
     """Expert of experts: z_i = log of a softmax over groups of experts + log of one within its group."""
 
-    def __init__(
-        self, choice: Choice, draw: _Draw, in_features: int, num_experts: int, bias: bool, groups: int
-    ):
-        super().__init__(choice, draw, in_features, num_experts, bias)
-        self.group_weight = draw.uniform(in_features, groups, in_features)
-        self.group_bias = draw.uniform(in_features, groups) if bias else None
+    def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
+        super().__init__(config, in_features, init)
+        self.group_weight = init.linear(in_features, config.groups, in_features)
+        self.group_bias = init.linear(in_features, config.groups) if config.router_bias else None
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
-        group_TG1 = linear_float32(x_TD, self.group_weight, self.group_bias).log_softmax(-1).unsqueeze(-1)
-        inner_TE = linear_float32(x_TD, self.weight, self.bias)
+        group_TG = linear_float32(x_TD, self.group_weight, self.group_bias).log_softmax(-1)
+        inner_TE = super().logits(x_TD, side)
+        # (T, E) -> (T, G, M): the M experts of a group are neighbours.
         within_TGM = inner_TE.unflatten(-1, (len(self.group_weight), -1)).log_softmax(-1)
-        return (group_TG1 + within_TGM).flatten(1)
+        return (group_TG.unsqueeze(-1) + within_TGM).flatten(1)
 
 
 class GivenGates(Router):
     """No router of its own: the gates were decided before the layers ran (X-LoRA, arXiv 2402.07148)."""
 
+    @classmethod
+    def gates_per_token(cls, config: MoloraConfig) -> int:
+        return config.num_experts
+
     def forward(self, x_TD: Tensor, side: SideInputs | None = None) -> Routing:
         if side is None or side.scalings_TE is None:
             raise RuntimeError("X-LoRA's scalings are made by the model's own forward: call the whole model")
         gates_TE = side.scalings_TE
-        every = torch.arange(gates_TE.shape[-1], device=gates_TE.device).expand(gates_TE.shape)
+        every_TE = torch.arange(gates_TE.shape[-1], device=gates_TE.device).expand(gates_TE.shape)
+        # Logits whose softmax is the gates: for statistics, as no loss is allowed beside X-LoRA.
         logits_TE = gates_TE.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return Routing(gates_TE, every, logits_TE)
+        return Routing(gates_TE, every_TE, logits_TE)
 
 
-class _Draw:
-    """First values of parameters, from one generator in a fixed order."""
+ROUTERS: dict[str, type[Router]] = {
+    "token": TokenRouter,
+    "sequence": SequenceRouter,
+    "task": TaskRouter,
+    "joint": JointRouter,
+    "threshold": ThresholdRouter,
+    "hierarchical": HierarchicalRouter,
+    "xlora": GivenGates,
+}
+"""`adapters.router` -> its class."""
 
-    def __init__(self, generator: torch.Generator | None = None):
-        self._generator = generator
 
-    def uniform(self, in_features: int, *shape: int) -> nn.Parameter:
-        """U(-1/sqrt(D), 1/sqrt(D)), torch's default of a linear layer."""
-        bound = 1 / math.sqrt(in_features)
-        return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=self._generator))
+def new_router(config: MoloraConfig, in_features: int, generator: torch.Generator) -> Router:
+    """The router of one group, its first values drawn from `generator`.
 
-    def normal(self, *shape: int) -> nn.Parameter:
-        """N(0, 1)."""
-        return nn.Parameter(torch.randn(shape, generator=self._generator))
+    Args:
+        config: At the layer's depth: `num_experts` is its own.
+        in_features: D of the group's first layer.
+        generator: Weights are torch's default for a linear layer, task embeddings N(0, 1).
+    """
+    return ROUTERS[config.router](config, in_features, InitialValues(generator))
 
 
 def _gumbel(like: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def _gumbel(like: Tensor) -> Tensor:
     return -torch.empty_like(like).exponential_().log()
 
 
-def _of_tasks(embedding_JH: Tensor, weight_EH: Tensor, task_ids: Tensor | None, num_tokens: int) -> Tensor:
+def _task_logits(embedding_JH: Tensor, weight_EH: Tensor, task_ids: Tensor | None, num_tokens: int) -> Tensor:
     """(T, E) logits of tasks (T,), of several for each token (T, M), or the mean over all."""
     with torch.autocast(weight_EH.device.type, enabled=False):
         logits_JE = embedding_JH.float() @ weight_EH.float().t()

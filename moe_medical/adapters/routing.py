@@ -1,13 +1,24 @@
-"""What a router has decided, and the object that carries a batch's side inputs to it.
+"""What a router has decided, and the context that carries a micro-batch's side inputs to the routers.
 
-Routing is data: it is returned and recorded, never kept in a module. No capacity limit, no token is dropped.
+    with context.bind(inputs):      BatchInputs in: padding, tasks, samples and prompts
+        loss = model(...)           each layer leaves its Routing in `context.record`
+        context.record.gradients =  what the router losses want of each layer's backward
+        loss.backward()
+
+Decisions: routing is data, which is returned and recorded, never kept in a module. Each `bind` makes one
+`ForwardPass` and throws it away whole, so nothing of a micro-batch can reach the next one. The context is a
+plain object rather than a context variable: autograd recomputes checkpointed layers in its own threads,
+which would not see one.
+
+Not here: expert capacity. No token is ever dropped.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -42,6 +53,28 @@ class RouterGradient(NamedTuple):
     z_weight: float
 
 
+@dataclass(frozen=True)
+class RouterGroup:
+    """Layers that share one routing decision; a layer that decides for itself is a group of one."""
+
+    name: str
+    """A module's full name, that of what contains the members; empty for the whole model."""
+    members: tuple[str, ...]
+    """Layers in the order in which they run. The first decides, the others take over its decision."""
+    owner: str
+    """Layer whose router decides: the first member, or another group's where all depths share one router."""
+
+    @classmethod
+    def alone(cls, layer: str) -> RouterGroup:
+        """A layer with a router of its own."""
+        return cls(layer, (layer,), layer)
+
+    @property
+    def decider(self) -> str:
+        """The member that calls the router, under whose name the routing is recorded."""
+        return self.members[0]
+
+
 class Sequences(NamedTuple):
     """Which tokens are one sample's, and which of them are its prompt."""
 
@@ -56,6 +89,7 @@ class Sequences(NamedTuple):
         place_BS = torch.arange(position_ids_BS.numel(), device=position_ids_BS.device).view_as(
             position_ids_BS
         )
+        # A row begins a sample whatever its first position says, so that none reaches across rows.
         begins_BS = (position_ids_BS == 0) | (place_BS % place_BS.shape[1] == 0)
         start_BS = torch.where(begins_BS, place_BS, 0).cummax(dim=1).values
         return cls(start_BS.flatten(), prompt_mask_BS.flatten())
@@ -63,6 +97,8 @@ class Sequences(NamedTuple):
     def mean(self, x_TD: Tensor) -> Tensor:
         """(T, D) float32: the mean over the prompt of each token's sample; zeros where it has none."""
         weight_T = self.prompt_T.float()
+        # Each sample's sum stands at the place of its first token: T bounds the number of samples, so the
+        # host need not wait for the device to count them.
         sums_TD = torch.zeros(x_TD.shape, device=x_TD.device).index_add(
             0, self.start_T, x_TD.float() * weight_T[:, None]
         )
@@ -84,70 +120,22 @@ class SideInputs(NamedTuple):
     """Applied to the logits before the choice; the router losses enter backward through it."""
 
 
-@dataclass
-class _Decision:
-    """A routing that several layers use, until the last of them has."""
+@dataclass(frozen=True, eq=False)
+class BatchInputs:
+    """What is known of a micro-batch beside its tokens; nothing of it changes while it is bound."""
 
-    routing: Routing
-    users: int
+    token_mask_BS: Tensor | None = None
+    """True where the token is real, False where it is padding. Without it no routing is recorded."""
+    task_ids_BS: Tensor | None = None
+    """Task of each token; or of whole rows (B, 1), or (B, 1, M): several tasks, -1 where there are fewer."""
+    sequences: Sequences | None = None
+    """Samples and prompts, which a sequence router needs."""
+    num_rows: int = 0
+    """B, where each row is one sample whose prompt decides for the tokens that are generated later."""
 
-
-class RoutingContext:
-    """Side inputs of one batch on the way in, the layers' routings on the way out; shared by all layers.
-
-    A plain object rather than a context variable: autograd recomputes checkpointed layers in its own
-    threads, which would not see one. Outside `bind` layers work and record nothing.
-    """
-
-    def __init__(self) -> None:
-        self.token_mask_BS: Tensor | None = None
-        self.task_ids_BS: Tensor | None = None
-        self.sequences: Sequences | None = None
-        self.scalings: dict[str, Tensor] = {}
-        """Of X-LoRA: layer -> (T, E), decided before the layers run."""
-        self.adapters_off = False
-        self.routings: dict[str, Routing] = {}
-        self.router_gradients: dict[str, RouterGradient] = {}
-        self.pass_name = ""
-        self.binding: object | None = None  # another one in each `bind`, whose mask may be an earlier one's
-        self._decisions: dict[str, _Decision] = {}
-        self._prompts: dict[str, Tensor] = {}
-        self._rows = 0
-
-    @contextmanager
-    def bind(
-        self,
-        token_mask_BS: Tensor,
-        task_ids_BS: Tensor | None = None,
-        pass_name: str = "train",
-        sequences: Sequences | None = None,
-    ) -> Iterator[RoutingContext]:
-        """Bind one micro-batch; must span forward **and** backward, which may run forward again.
-
-        Args:
-            token_mask_BS: True where the token is real, False where it is padding.
-            task_ids_BS: Task of each token.
-            pass_name: Passes of one name run the layers in one order, which the weight exchange learns.
-            sequences: Samples and prompts, which a sequence router needs.
-
-        Raises:
-            RuntimeError: A batch is bound already.
-        """
-        self._refuse_second()
-        self.token_mask_BS, self.task_ids_BS, self.sequences = token_mask_BS, task_ids_BS, sequences
-        self.pass_name, self.binding = pass_name, object()
-        try:
-            yield self
-        finally:
-            self.token_mask_BS = self.binding = None
-            self.routings, self.router_gradients, self.pass_name = {}, {}, ""
-            self._release()
-
-    @contextmanager
-    def bind_tasks(
-        self, task_ids_B: Tensor | None, prompt_mask_BS: Tensor | None = None
-    ) -> Iterator[RoutingContext]:
-        """Bind what is known of whole rows, for any number of positions; nothing is recorded.
+    @classmethod
+    def of_rows(cls, task_ids_B: Tensor | None = None, prompt_mask_BS: Tensor | None = None) -> BatchInputs:
+        """What is known of whole rows, for any number of positions; nothing is recorded.
 
         For evaluation and generation, where a row is one sample and the cache leaves one position of it.
 
@@ -156,35 +144,120 @@ class RoutingContext:
             prompt_mask_BS: True on the tokens of the prompts, which a sequence router needs. What it decides
                 for them in the first forward pass holds until the binding ends.
         """
-        self._refuse_second()
-        self.task_ids_BS = None if task_ids_B is None else task_ids_B[:, None]
-        if prompt_mask_BS is not None:
-            rows = torch.arange(prompt_mask_BS.shape[1], device=prompt_mask_BS.device)
-            self.sequences = Sequences.of(rows.expand_as(prompt_mask_BS), prompt_mask_BS.bool())
-            self._rows = len(prompt_mask_BS)
-        try:
-            yield self
-        finally:
-            self._release()
+        task_ids_BS = None if task_ids_B is None else task_ids_B[:, None]
+        if prompt_mask_BS is None:
+            return cls(task_ids_BS=task_ids_BS)
+        positions_S = torch.arange(prompt_mask_BS.shape[1], device=prompt_mask_BS.device)
+        sequences = Sequences.of(positions_S.expand_as(prompt_mask_BS), prompt_mask_BS.bool())
+        return cls(task_ids_BS=task_ids_BS, sequences=sequences, num_rows=len(prompt_mask_BS))
 
-    @contextmanager
-    def bind_sequences(self, sequences: Sequences) -> Iterator[RoutingContext]:
-        """Bind nothing but samples and their prompts; nothing is recorded."""
-        self._refuse_second()
-        self.sequences = sequences
-        try:
-            yield self
-        finally:
-            self._release()
+    @property
+    def token_mask_T(self) -> Tensor:
+        """The mask, flattened the way layers flatten their tokens.
 
-    @contextmanager
-    def without_adapters(self) -> Iterator[None]:
-        """Let the base model run alone."""
-        before, self.adapters_off = self.adapters_off, True
-        try:
-            yield
-        finally:
-            self.adapters_off = before
+        Raises:
+            RuntimeError: There is none.
+        """
+        if self.token_mask_BS is None:
+            raise RuntimeError(
+                "no batch is bound: use `with context.bind(BatchInputs(token_mask, task_ids)):`"
+            )
+        return self.token_mask_BS.reshape(-1)
+
+    def task_ids_of(self, num_tokens: int) -> Tensor | None:
+        """(T,) or (T, M): task, or tasks, of each of a layer's tokens; None where no tasks are known."""
+        ids_BS = self.task_ids_BS
+        if ids_BS is None:
+            return None
+        # (B, 1) of whole rows becomes (B, S) for whatever S the layer runs on; (B, S) stays as it is.
+        positions = num_tokens // len(ids_BS)
+        return ids_BS.expand(-1, positions, *ids_BS.shape[2:]).reshape(num_tokens, *ids_BS.shape[2:])
+
+
+@dataclass
+class RoutingRecord:
+    """What leaves a forward pass, and what enters its backward; by the name of the layer that decided."""
+
+    routings: dict[str, Routing] = field(default_factory=dict)
+    """Assigned, not appended: a recomputed forward replaces what the first one left."""
+    gradients: dict[str, RouterGradient] = field(default_factory=dict)
+    """Of the router losses; each layer's backward looks here for its own."""
+
+
+class SharedDecisions:
+    """Routings that other layers of a group still have to take over.
+
+    The last to take one removes it: a layer that runs out of turn then fails, instead of routing its tokens
+    by a decision about other ones.
+    """
+
+    def __init__(self) -> None:
+        self._routings: dict[str, Routing] = {}
+        self._takers: dict[str, int] = {}
+
+    def share(self, group: RouterGroup, routing: Routing) -> None:
+        """Offer a decision to the other members, which all run before the group decides again."""
+        if len(group.members) > 1:
+            self._routings[group.name] = routing
+            self._takers[group.name] = len(group.members) - 1
+
+    def take(self, group: RouterGroup) -> Routing:
+        """The decision of the group's first member.
+
+        Raises:
+            RuntimeError: It has not run before this one.
+        """
+        if group.name not in self._routings:
+            rule = "its first layer by name must run first. Use a narrower adapters.router_scope"
+            raise RuntimeError(f"no routing was decided for {group.name or 'the model'}: {rule}.")
+        self._takers[group.name] -= 1
+        if self._takers[group.name]:
+            return self._routings[group.name]
+        return self._routings.pop(group.name)
+
+
+class PromptMemory:
+    """What each row's prompt has decided, for the tokens that are generated after it.
+
+    Args:
+        inputs: Of the binding. Remembers only where they say that rows are samples.
+    """
+
+    def __init__(self, inputs: BatchInputs) -> None:
+        self._num_rows = inputs.num_rows
+        self._num_tokens = 0 if inputs.sequences is None else len(inputs.sequences.start_T)
+        self._logits: dict[str, Tensor] = {}
+
+    def keep(self, layer_name: str, logits_TE: Tensor) -> None:
+        """Keep the logits of the pass that saw the whole prompts; later ones see single positions."""
+        if self._num_rows and len(logits_TE) == self._num_tokens:
+            # (B, S, E) -> (B, E): a sequence router gives all tokens of a row the same logits.
+            self._logits[layer_name] = logits_TE.unflatten(0, (self._num_rows, -1))[:, -1]
+
+    def logits_of(self, layer_name: str, num_tokens: int) -> Tensor | None:
+        """(T, E) for tokens after the prompts; None in the pass over the prompts themselves."""
+        kept_BE = self._logits.get(layer_name)
+        return None if kept_BE is None else kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0)
+
+
+class ForwardPass:
+    """All that layers read and leave while one micro-batch runs.
+
+    Args:
+        number: Of the binding, from 1; 0 where nothing is bound.
+        name: Passes of one name run the layers in one order, which the weight exchange learns.
+        inputs: Of the micro-batch.
+    """
+
+    def __init__(self, number: int = 0, name: str = "", inputs: BatchInputs | None = None) -> None:
+        self.number = number
+        self.name = name
+        self.inputs = inputs or BatchInputs()
+        self.record = RoutingRecord()
+        self.decisions = SharedDecisions()
+        self.prompts = PromptMemory(self.inputs)
+        self.scalings: dict[str, Tensor] = {}
+        """Of X-LoRA: layer -> (T, E), decided before the layers run."""
 
     def side_inputs(
         self,
@@ -193,67 +266,70 @@ class RoutingContext:
         tap: Callable[[Tensor], Tensor] | None = None,
         with_tasks: bool = True,
     ) -> SideInputs:
-        """What is bound, for a layer's tokens; without their tasks where the router knows none."""
-        tasks = self.task_ids_of(num_tokens) if with_tasks else None
-        side = SideInputs(tasks, scalings_TE=self.scalings.get(layer_name), tap=tap)
-        kept_BE = self._prompts.get(layer_name)
-        if kept_BE is not None:
-            later_TE = kept_BE.repeat_interleave(num_tokens // len(kept_BE), dim=0)
+        """What is known of a layer's tokens; without their tasks where the router knows none."""
+        tasks_T = self.inputs.task_ids_of(num_tokens) if with_tasks else None
+        side = SideInputs(tasks_T, scalings_TE=self.scalings.get(layer_name), tap=tap)
+        later_TE = self.prompts.logits_of(layer_name, num_tokens)
+        if later_TE is not None:
             return side._replace(prompt_logits_TE=later_TE)
-        if self.sequences is not None and len(self.sequences.start_T) == num_tokens:
-            return side._replace(sequences=self.sequences)
+        sequences = self.inputs.sequences
+        if sequences is not None and len(sequences.start_T) == num_tokens:
+            return side._replace(sequences=sequences)
         return side
 
-    def task_ids_of(self, num_tokens: int) -> Tensor | None:
-        """Task, or tasks, of each of a layer's tokens, None where no tasks are bound."""
-        if self.task_ids_BS is None:
-            return None
-        ids_BS = self.task_ids_BS
-        positions = num_tokens // len(ids_BS)
-        return ids_BS.expand(-1, positions, *ids_BS.shape[2:]).reshape(num_tokens, *ids_BS.shape[2:])
+    def keep(self, layer_name: str, routing: Routing) -> None:
+        """Record a layer's routing, and remember what it means for the tokens to come."""
+        self.prompts.keep(layer_name, routing.logits_TE)
+        if self.inputs.token_mask_BS is not None:
+            self.record.routings[layer_name] = routing
+
+
+class RoutingContext:
+    """The bound micro-batch of a model; one object that all its adapters share.
+
+    Outside `bind` layers work: they know no tasks and no prompts, and record nothing.
+    """
+
+    def __init__(self) -> None:
+        self.current = ForwardPass()
+        self.adapters_off = False
+        self._numbers = itertools.count(1)
 
     @property
-    def token_mask_T(self) -> Tensor:
-        """Bound mask, flattened the way layers flatten their tokens."""
-        if self.token_mask_BS is None:
-            raise RuntimeError("no batch is bound: use `with context.bind(token_mask, task_ids):`")
-        return self.token_mask_BS.reshape(-1)
+    def inputs(self) -> BatchInputs:
+        """Of the bound micro-batch; all unknown where none is bound."""
+        return self.current.inputs
 
-    def record(self, layer_name: str, routing: Routing) -> None:
-        """Keep the routing of a layer until `bind` ends. Assigns: a recomputed forward replaces, not adds."""
-        if self.token_mask_BS is not None:
-            self.routings[layer_name] = routing
+    @property
+    def record(self) -> RoutingRecord:
+        """Of the bound micro-batch; empty where none is bound."""
+        return self.current.record
 
-    def share(self, scope: str, routing: Routing, users: int) -> None:
-        """Offer a decision to the other layers of a scope, which all run before the next one is made."""
-        if users:
-            self._decisions[scope] = _Decision(routing, users)
+    @contextmanager
+    def bind(self, inputs: BatchInputs, pass_name: str = "train") -> Iterator[RoutingContext]:
+        """Bind one micro-batch; must span forward **and** backward, which may run forward again.
 
-    def shared(self, scope: str) -> Routing:
-        """The decision of a scope; the last of its users takes it away.
+        Args:
+            inputs: What is known of it.
+            pass_name: Passes of one name run the layers in one order, which the weight exchange learns.
 
         Raises:
-            RuntimeError: The layer that decides has not run before this one.
+            RuntimeError: A batch is bound already.
         """
-        decision = self._decisions.get(scope)
-        if decision is None:
-            rule = "its first layer by name must run first. Use a narrower adapters.router_scope"
-            raise RuntimeError(f"no routing was decided for {scope or 'the model'}: {rule}.")
-        decision.users -= 1
-        if not decision.users:
-            del self._decisions[scope]
-        return decision.routing
-
-    def keep_prompt(self, layer_name: str, logits_TE: Tensor) -> None:
-        """Keep what rows' prompts decided, for the tokens that are generated after them."""
-        if self._rows and self.sequences is not None and len(logits_TE) == len(self.sequences.start_T):
-            self._prompts[layer_name] = logits_TE.unflatten(0, (self._rows, -1))[:, -1]
-
-    def _refuse_second(self) -> None:
-        if self.token_mask_BS is not None or self.task_ids_BS is not None:
+        if self.current.number:
             raise RuntimeError("a batch is bound already: one context serves one batch at a time")
+        self.current = ForwardPass(next(self._numbers), pass_name, inputs)
+        try:
+            yield self
+        finally:
+            self.current = ForwardPass()
 
-    def _release(self) -> None:
-        self.task_ids_BS = self.sequences = None
-        self.scalings = {}
-        self._decisions, self._prompts, self._rows = {}, {}, 0
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Let the base model run alone."""
+        before = self.adapters_off
+        self.adapters_off = True
+        try:
+            yield
+        finally:
+            self.adapters_off = before

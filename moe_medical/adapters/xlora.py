@@ -63,7 +63,7 @@ class XLoraClassifier(AdapterModule):
         with self.context.without_adapters(), torch.no_grad():
             seen = model.base_model(*args, **_inputs(kwargs), use_cache=False)  # type: ignore[operator]
         hidden_BSD = seen.last_hidden_state
-        self.context.scalings = self(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
+        self.context.current.scalings = self(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
 
 
 def attach_classifier(

@@ -29,6 +29,10 @@ from moe_medical.errors import DataError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class ConvertedWeights(DataError):
+    """Transformers converts the weights when it loads them: no part of a parameter is a part of a file."""
+
+
 @dataclass(frozen=True)
 class UnreadBase:
     """A model with its buffers in place and a stand-in, without memory, for each parameter."""
@@ -58,8 +62,8 @@ def load_unread_base(base: BaseModel, dtype: str) -> UnreadBase:
     """The same model before its parameters are read.
 
     Raises:
-        DataError: as `load_base`; or weights that transformers converts, so that no part of a parameter is
-            a part of a file.
+        DataError: as `load_base`.
+        ConvertedWeights: no part of a parameter is a part of a file.
     """
     verify_checksums(base.folder)
     stored = stored_tensors(base.folder)
@@ -160,8 +164,8 @@ def _find_parameters(
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _not_in_parts(base: BaseModel, names: Collection[str]) -> DataError:
-    return DataError(
+def _not_in_parts(base: BaseModel, names: Collection[str]) -> ConvertedWeights:
+    return ConvertedWeights(
         f"{base.folder} cannot be read in parts, as ZeRO-3 needs: transformers converts "
         f"{', '.join(sorted(names)[:3])} of a {base.model_type} model when it loads them. Use ZeRO-2."
     )

@@ -78,7 +78,7 @@ def _add_export_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _generate(options: argparse.Namespace) -> int:
     from moe_medical.evaluation.generate import Sampling
-    from moe_medical.serving.answering import Generation, answer_prompts
+    from moe_medical.serving.answers import Generation, answer_prompts
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     how = Generation(options.max_new_tokens, options.batch_rows, sampling, options.stream)

@@ -93,9 +93,9 @@ def _add_dashboard_verbs(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from moe_medical.training.layout_plan import Machines
-    from moe_medical.training.mix_report import write_chart
-    from moe_medical.training.plan import make_plan, show_plan
+    from moe_medical.planning.layout_plan import Machines
+    from moe_medical.planning.mix_report import write_chart
+    from moe_medical.planning.plan import make_plan, show_plan
 
     config = read_config(options)
     machines = Machines(options.nodes, options.gpus or config.parallel.ranks, options.gpu_memory)
@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from moe_medical.training.preflight import preflight
+    from moe_medical.planning.preflight import preflight
     from moe_medical.training.supervisor import run_ranks
 
     config = read_config(options)
@@ -128,7 +128,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from moe_medical.training.data_check import run_data_check
+    from moe_medical.planning.data_check import run_data_check
 
     run_data_check(options.recipe, options.base, options.max_length, options.json, options.html)
     return 0
@@ -142,7 +142,7 @@ def _router_fit(options: argparse.Namespace) -> int:
 
 
 def evaluate_run_file(options: argparse.Namespace) -> int:
-    from moe_medical.training.evaluating import evaluate_run
+    from moe_medical.training.evaluate_run import evaluate_run
 
     arguments = ["eval", str(options.run), *options.overrides]
     for name in ("adapter", "json", "predictions"):

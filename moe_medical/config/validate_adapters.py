@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
-from moe_medical.config.deepspeed_keys import zero_stage
+from moe_medical.config.deepspeed import zero_stage
 from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
 from moe_medical.config.schema import (
     AdaptersSection,

@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 
-from moe_medical.config.deepspeed_keys import read_deepspeed, zero_stage
+from moe_medical.config.deepspeed import read_deepspeed, zero_stage
 from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
 from moe_medical.config.schema import RunConfig
 from moe_medical.errors import Problem

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_medical.config.deepspeed_keys import zero_stage
+from moe_medical.config.deepspeed import zero_stage
 from moe_medical.config.presets import PRESETS, resolve_adapters
 from moe_medical.config.schema import RunConfig
 from moe_medical.errors import Problem

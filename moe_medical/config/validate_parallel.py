@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_medical.config.deepspeed_keys import (
+from moe_medical.config.deepspeed import (
     OFFLOAD_KEYS,
     RUN_FILE_OWNS,
     TOP_LEVEL_KEYS,

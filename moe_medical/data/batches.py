@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_medical.config.schema import Batching
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.mixture import MixPlan, SampleRef
 from moe_medical.data.packing import Rows, deal, pack
 from moe_medical.data.tasks import TaskData

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_medical.data.rules import Floats, Ints, row_limits
+from moe_medical.data.static_mixing import Floats, Ints, row_limits
 from moe_medical.errors import DataError
 
 _ONE = 2**30

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_medical.config.schema import DataSection, TaskOverride
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.fingerprints import Fingerprint
-from moe_medical.data.formats import ChatFormat
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.recipe import Mixture, TaskSpec, check_text_only, load_mixture
 from moe_medical.data.rows import BadRecord, TextRows
-from moe_medical.data.rules import TaskSize, weight_schedule
 from moe_medical.data.sources import Split, load_split, splits_of
+from moe_medical.data.static_mixing import TaskSize, weight_schedule
 from moe_medical.data.store import Rows, damaged, published
 from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows, fitting
 from moe_medical.errors import ConfigError, DataError, Problem

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from moe_medical.config.schema import TokenCache
 from moe_medical.console import progress_line
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import TextRows
 from moe_medical.data.store import (
     BatchFile,
@@ -42,7 +42,7 @@ from moe_medical.data.store import (
 if TYPE_CHECKING:
     from moe_medical.data.tasks import TaskData
 
-_CODE = (tokenizers.__version__, code_key("formats", "tokens", "store"))
+_CODE = (tokenizers.__version__, code_key("chat", "tokens", "store"))
 _ROWS_MEASURED = 1024
 _LOG = logging.getLogger(__name__)
 _SCHEMA = pa.schema(

@@ -20,7 +20,7 @@ from torch import nn
 
 from moe_medical.adapters.model import routed_layers, trainable_parameters
 from moe_medical.config import resolve_adapters
-from moe_medical.config.deepspeed_keys import offloads, read_deepspeed, zero_stage
+from moe_medical.config.deepspeed import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
 from moe_medical.distributed.expert_group import ExpertGroup
 from moe_medical.distributed.topology import Topology, limit_waiting

@@ -47,22 +47,23 @@ class GatherAhead:
     def __init__(self, context: RoutingContext) -> None:
         self._context = context
         self._orders: dict[str, list[GatheredWeights]] = {}
-        self._binding: object | None = None
+        self._pass = 0
+        """Number of the pass that is followed."""
         self._position = 0
         self._next: _Gathering | None = None
 
     def take(self, owner: GatheredWeights) -> _Gathering | None:
         """The gather that was started for this request, if there is one."""
-        if self._context.binding is not self._binding:  # another micro-batch
-            self._binding, self._position, self._next = self._context.binding, 0, None
+        if self._context.current.number != self._pass:  # another micro-batch
+            self._pass, self._position, self._next = self._context.current.number, 0, None
         ready, self._next = self._next, None
         return ready if ready is not None and ready.owner is owner else None
 
     def go_on(self, owner: GatheredWeights) -> None:
         """Note what was asked for, and start what was asked for after it last time."""
-        if self._binding is None:
+        if not self._pass:  # nothing is bound
             return
-        order = self._orders.setdefault(self._context.pass_name, [])
+        order = self._orders.setdefault(self._context.current.name, [])
         if self._position >= len(order) or order[self._position] is not owner:
             order[self._position :] = [owner]
         self._position += 1
@@ -196,8 +197,8 @@ class SharedDispatch:
         """(peers, T, members, e) float32: gates by the rank that holds the expert; padding has none."""
         gates = [dense_gate(layer.route(x_TD)) for layer in self._layers.values()]
         gate_TMPe = torch.stack(gates, dim=1).unflatten(-1, (self._group.size, -1))
-        if self._context.token_mask_BS is not None:
-            gate_TMPe = gate_TMPe * self._context.token_mask_T.view(-1, 1, 1, 1)
+        if self._context.inputs.token_mask_BS is not None:
+            gate_TMPe = gate_TMPe * self._context.inputs.token_mask_T.view(-1, 1, 1, 1)
         return gate_TMPe.permute(2, 0, 1, 3)
 
     def _exchange_counts(self, sent_PC: Tensor) -> tuple[list[list[int]], list[list[int]]]:

@@ -18,7 +18,7 @@ from torch import nn
 from moe_medical.base_model import BaseModel
 from moe_medical.base_model.load import load_base, load_unread_base
 from moe_medical.base_model.stored import StoredTensor
-from moe_medical.config.deepspeed_keys import zero_stage
+from moe_medical.config.deepspeed import zero_stage
 from moe_medical.config.schema import RunConfig
 from moe_medical.distributed.engine import deepspeed_settings
 from moe_medical.distributed.topology import Topology

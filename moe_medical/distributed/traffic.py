@@ -10,7 +10,7 @@ of Collective Communication Operations in MPICH, 2005), with n the bytes of the 
     all-to-all                                    what is addressed to other ranks
 
 A rank that only receives counts as much as one that only sends: averaged over the ranks of the group, the sum
-is right. `moe_medical.distributed.cost` predicts in the same convention.
+is right. `moe_medical.planning.cost` predicts in the same convention.
 """
 
 from __future__ import annotations

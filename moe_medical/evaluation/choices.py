@@ -17,7 +17,7 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from moe_medical.data.formats import ChatFormat, Encoded, TargetTooLong
+from moe_medical.data.chat import ChatFormat, Encoded, TargetTooLong
 from moe_medical.data.rows import Example
 from moe_medical.evaluation.metrics import ONE_LABEL
 

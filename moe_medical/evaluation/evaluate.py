@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.adapters.xlora import needs_whole_text
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.batches import collate
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import Example
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.choices import answer_options, encode_options, likeliest
 from moe_medical.evaluation.generate import generate_ids, pad_left
+from moe_medical.evaluation.loss import row_sums, token_losses
 from moe_medical.evaluation.metric import Answers
 from moe_medical.evaluation.metrics import all_scores
-from moe_medical.evaluation.objective import row_sums, token_losses
 
 T = TypeVar("T")
 
@@ -209,7 +209,7 @@ class Evaluator:
     def _row_sums(self, model: nn.Module, encoded: Sequence[Encoded], rows: Sequence[_Row]) -> np.ndarray:
         """Summed loss and target tokens of samples, each of which is of one of the rows."""
         batch = collate(encoded, [row.task for row in rows], self._chat.pad_id).to(self._topology.device)
-        with self._context.bind_tasks(self._task_ids(rows), batch.prompt_mask_BS):
+        with self._context.bind(BatchInputs.of_rows(self._task_ids(rows), batch.prompt_mask_BS)):
             tokens = token_losses(model, batch)
         return row_sums(tokens, len(encoded))
 
@@ -226,7 +226,7 @@ class Evaluator:
             prompts = [self._chat.encode_prompt(r.example.prompt) for r in rows]
             where, cached = (self._chat, width, self._topology.device), not needs_whole_text(model)
             _, prompt_mask_BS = pad_left(prompts, self._chat.pad_id, self._topology.device)
-            with self._context.bind_tasks(self._task_ids(rows), prompt_mask_BS):
+            with self._context.bind(BatchInputs.of_rows(self._task_ids(rows), prompt_mask_BS)):
                 made = generate_ids(model, prompts, *where, self._synced, cached)
             ids.append(nn.functional.pad(made, (0, 0, 0, self._section.batch_rows - len(made)), value=-1))
             advance()

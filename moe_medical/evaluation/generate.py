@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 
 EndReason = Literal["stop", "length"]
 """Of a row: its end token or `Row.take` said so, or it has all the tokens it may have."""

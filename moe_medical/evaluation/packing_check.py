@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from moe_medical.data.batches import Batch, collate, collate_packed
-from moe_medical.data.formats import Encoded
-from moe_medical.evaluation.objective import run_model
+from moe_medical.data.chat import Encoded
+from moe_medical.evaluation.loss import run_model
 
 Bind = Callable[[Batch], AbstractContextManager[object]]
 

@@ -6,7 +6,8 @@ with A the experts' A on top of each other, (R, D), and B theirs side by side, (
 gate: one LoRA of rank R = E * rank (MOELoRA, arXiv 2310.18339, sec. 3.5, kept as factors).
 
 Decisions: pure functions of config and state, so that no model has to be built; all in float32, the gate
-rounded once into B; experts with a gate of 0 are left out, a shared A is kept once.
+rounded once into B; experts with a gate of 0 are left out, a shared A is kept once. DoRA's magnitude goes
+along as it is: it scales the rows of W0 + delta W, which are not known here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from moe_medical.adapters.routers import TaskRouter, new_router
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
-_LEAVES = ("lora_A", "lora_B", "magnitude", "shared_A", "shared_B", "shared_gate")
 ROUTER = "router"
+_LEAVES = ("lora_A", "lora_B", "magnitude", "shared_A", "shared_B", "shared_gate")
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,15 @@ def tensors_of_modules(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     """Adapted module -> its tensors by their role (`lora_A`, `router.weight`, ...), in the state's order."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        module, role = split_name(name)
+        module, _, role = name.rpartition(".")
+        parts = name.split(".")
+        if role not in _LEAVES and ROUTER in parts:
+            # The last one: what stands before it may be a module of the base that has this name too.
+            place = len(parts) - 1 - parts[::-1].index(ROUTER)
+            module = ".".join(parts[:place])
+            role = ".".join(parts[place:])
         modules.setdefault(module, {})[role] = tensor
     return modules
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A parameter's full name -> the module that owns it, and its role there."""
-    module, _, leaf = name.rpartition(".")
-    if leaf in _LEAVES:
-        return module, leaf
-    parts = name.split(".")
-    if ROUTER not in parts:
-        return module, leaf
-    place = len(parts) - 1 - parts[::-1].index(ROUTER)
-    return ".".join(parts[:place]), ".".join(parts[place:])
 
 
 def is_routed(tensors: Mapping[str, Tensor]) -> bool:
@@ -96,9 +91,18 @@ def gates_of_task(config: MoloraConfig, state: Mapping[str, Tensor], number: int
     """
     modules = tensors_of_modules(state)
     owners = router_owners(config, modules)
-    task = torch.tensor([number])
-    made = {owner: _task_router(config, router_tensors(modules[owner])) for owner in set(owners.values())}
-    return {name: made[owner].gate_of(task).detach() for name, owner in owners.items()}
+    gates = {}
+    for owner in dict.fromkeys(owners.values()):
+        tensors = router_tensors(modules[owner])
+        # The router is built anew rather than its equation written here a second time. Its E is that of its
+        # own layer, and with it its top-k.
+        experts = len(tensors["weight"])
+        here = replace(config, num_experts=experts, experts_per_layer=(), top_k=config.active(experts))
+        router = new_router(here, 1, torch.Generator())
+        assert isinstance(router, TaskRouter), f"{owner} has a {config.router} router, which reads tokens"
+        router.load_state_dict(tensors)
+        gates[owner] = router.eval().gate_of(torch.tensor([number])).detach()
+    return {name: gates[owner] for name, owner in owners.items()}
 
 
 def effective_lora(
@@ -114,43 +118,42 @@ def effective_lora(
     Raises:
         ConfigError: A routed module has no gate, or one of another number of experts.
     """
-    modules = {n: t for n, t in tensors_of_modules(state).items() if "lora_B" in t}
-    if problems := _gate_problems(modules, gate_of_module):
+    loras: dict[str, LowRank] = {}
+    problems = []
+    for name, tensors in tensors_of_modules(state).items():
+        if "lora_B" not in tensors:
+            continue  # a router that stands by itself
+        if not is_routed(tensors):
+            A_RD = tensors["lora_A"].float()
+            loras[name] = LowRank(A_RD, tensors["lora_B"].float(), config.scaling, tensors.get("magnitude"))
+        elif name not in gate_of_module:
+            problems.append(Problem(name, "must have a gate for its experts"))
+        elif (given := len(gate_of_module[name])) != (experts := len(tensors["lora_B"])):
+            problems.append(Problem(name, f"must have a gate of {experts} numbers, one per expert", given))
+        else:
+            loras[name] = _gated_lora(config, tensors, gate_of_module[name].detach().float().cpu())
+    if problems:
         raise ConfigError("the gate", problems)
-    return {
-        name: _routed(config, tensors, gate_of_module[name])
-        if is_routed(tensors)
-        else _plain(config, tensors)
-        for name, tensors in modules.items()
-    }
+    return loras
 
 
 def shared_lora(config: MoloraConfig, tensors: Mapping[str, Tensor]) -> LowRank:
     """The part of a routed module that every token uses: its shared experts with their weights."""
-    A_SRD, B_SFR = tensors["shared_A"].float(), tensors["shared_B"].float()
+    A_SRD = tensors["shared_A"].float()
+    B_SFR = tensors["shared_B"].float()
     weight_S = tensors.get("shared_gate", torch.full((len(A_SRD),), config.shared_weight))
     return LowRank(A_SRD.flatten(0, 1), _side_by_side(B_SFR, weight_S.float()), config.scaling)
 
 
-def _task_router(config: MoloraConfig, tensors: Mapping[str, Tensor]) -> TaskRouter:
-    experts = len(tensors["weight"])
-    here = replace(config, num_experts=experts, experts_per_layer=(), top_k=config.active(experts))
-    router = new_router(here, 1, torch.Generator())
-    assert isinstance(router, TaskRouter)
-    router.load_state_dict(dict(tensors))
-    return router.eval()
-
-
-def _plain(config: MoloraConfig, tensors: Mapping[str, Tensor]) -> LowRank:
-    A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
-    return LowRank(A, B, config.scaling, tensors.get("magnitude"))
-
-
-def _routed(config: MoloraConfig, tensors: Mapping[str, Tensor], gate_E: Tensor) -> LowRank:
-    A, B_EFR, gate_E = tensors["lora_A"].float(), tensors["lora_B"].float(), gate_E.detach().float().cpu()
+def _gated_lora(config: MoloraConfig, tensors: Mapping[str, Tensor], gate_E: Tensor) -> LowRank:
+    """Routed experts under one gate, and the shared experts beside them, as one LoRA."""
+    A = tensors["lora_A"].float()
+    B_EFR = tensors["lora_B"].float()
     if A.dim() == 2:
+        # All experts read the same A x: sum_e g_e B_e (A x) = (sum_e g_e B_e) A x, which keeps the rank.
         lora = LowRank(A, torch.einsum("e,efr->fr", gate_E, B_EFR), config.scaling)
     else:
+        # An expert without weight would only add columns of zeros.
         chosen = gate_E.nonzero().flatten()
         lora = LowRank(A[chosen].flatten(0, 1), _side_by_side(B_EFR[chosen], gate_E[chosen]), config.scaling)
     if "shared_A" not in tensors:
@@ -160,22 +163,5 @@ def _routed(config: MoloraConfig, tensors: Mapping[str, Tensor], gate_E: Tensor)
 
 
 def _side_by_side(B_EFR: Tensor, gate_E: Tensor) -> Tensor:
-    """(F, E * rank), each expert's columns times its gate."""
+    """(F, E * rank), each expert's columns times its gate: the gate is rounded into B once, never into A."""
     return (B_EFR * gate_E[:, None, None]).permute(1, 0, 2).flatten(1)
-
-
-def _gate_problems(
-    modules: Mapping[str, Mapping[str, Tensor]], gate_of_module: Mapping[str, Tensor]
-) -> list[Problem]:
-    problems = []
-    for name, tensors in modules.items():
-        if not is_routed(tensors):
-            continue
-        experts, gate = len(tensors["lora_B"]), gate_of_module.get(name)
-        if gate is None:
-            problems.append(Problem(name, "must have a gate for its experts"))
-        elif len(gate) != experts:
-            problems.append(
-                Problem(name, f"must have a gate of {experts} numbers, one per expert", len(gate))
-            )
-    return problems

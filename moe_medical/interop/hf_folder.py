@@ -16,22 +16,25 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from moe_medical.base_model.embedded import verify_checksums
 from moe_medical.base_model.shapes import weight_files
-from moe_medical.interop.load_moe_medical import ADAPTER_FILE, CONFIG_FILE, MODEL_TYPE
+from moe_medical.interop.loader import ADAPTER_FILE, CONFIG_FILE, MODEL_TYPE
 from moe_medical.interop.new_folder import check_new, copy_beside_weights, new_folder
-from moe_medical.interop.subject import Subject, open_adapter
+from moe_medical.interop.opened import OpenedAdapter, open_adapter
 
-LOADER, RUNTIME = "load_moe_medical", "moe_medical_runtime"
+LOADER = "load_moe_medical"
+RUNTIME = "moe_medical_runtime"
 _PACKAGE = "moe_medical"
+_LOADER_MODULE = f"{_PACKAGE}.interop.loader"
 _IMPORT = re.compile(rf"^(\s*(?:from|import)\s+){_PACKAGE}(?=[.\s])", re.MULTILINE)
 _LOG = logging.getLogger(__name__)
 
@@ -56,32 +59,36 @@ def export_hf_folder(
         StorageError: The disk refused.
     """
     check_new(out)
-    subject = open_adapter(adapter, base, only)
-    verify_checksums(subject.base.folder)
+    opened = open_adapter(adapter, base, only)
+    base_folder = opened.base.folder
+    verify_checksums(base_folder)
     with new_folder(out) as draft:
-        copy_beside_weights(subject.base.folder, draft)
-        for path in weight_files(subject.base.folder):
-            _take(path.resolve(), draft / path.name, link)
-        _write_adapter(subject, draft)
+        copy_beside_weights(base_folder, draft)
+        for path in weight_files(base_folder):
+            # A hub's cache has links in place of its files: what counts is where they lead.
+            _link_or_copy(path.resolve(), draft / path.name, link)
+        _write_adapter(opened, draft)
         for name, text in runtime_sources().items():
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_text(text, encoding="utf-8")
-        (draft / "README.md").write_text(_readme(subject), encoding="utf-8")
+        (draft / "README.md").write_text(_readme(opened), encoding="utf-8")
     return out
 
 
 def runtime_sources() -> dict[str, str]:
     """Path -> text of the loader and of every module of ours that it needs, directly or not."""
     found: dict[str, str] = {}
-    wanted = [f"{_PACKAGE}.interop.{LOADER}"]
+    wanted = [_LOADER_MODULE]
     while wanted:
         module = wanted.pop()
-        path = _path_of(module)
-        if path in found:
-            continue
-        text = _file_of(module).read_text(encoding="utf-8")
-        found[path] = _IMPORT.sub(rf"\1{RUNTIME}", text)
-        wanted += _modules_imported(text)
+        # The loader stands on top of the folder, all else in the package beside it.
+        within = module.removeprefix(f"{_PACKAGE}.").replace(".", "/")
+        path = f"{LOADER}.py" if module == _LOADER_MODULE else f"{RUNTIME}/{within}.py"
+        if path not in found:
+            text = _file_of(module).read_text(encoding="utf-8")
+            found[path] = _IMPORT.sub(rf"\1{RUNTIME}", text)
+            wanted += _modules_imported(text)
+    # Empty `__init__` files: ours import more than the loader needs.
     packages = {str(Path(path).parent) for path in found} - {"."}
     return found | {f"{package}/__init__.py": "" for package in packages | {RUNTIME}}
 
@@ -93,48 +100,48 @@ def _modules_imported(text: str) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
+            # What is imported from a package may be a module of it.
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return [name for name in names if name.startswith(f"{_PACKAGE}.") and _file_of(name).is_file()]
 
 
 def _file_of(module: str) -> Traversable:
-    return resources.files(_PACKAGE).joinpath(*module.split(".")[1:-1], f"{module.rpartition('.')[2]}.py")
+    _, *folders, leaf = module.split(".")
+    return resources.files(_PACKAGE).joinpath(*folders, f"{leaf}.py")
 
 
-def _path_of(module: str) -> str:
-    """Where a module stands in the folder: the loader on top, all else in the package beside it."""
-    parts = module.split(".")[1:]
-    return f"{LOADER}.py" if parts[-1] == LOADER else f"{RUNTIME}/{'/'.join(parts)}.py"
-
-
-def _write_adapter(subject: Subject, draft: Path) -> None:
-    config = {"model_type": MODEL_TYPE, "base": subject.base.config}
-    document = {"config": asdict(subject.config), "meta": subject.meta}
-    for name, value in (("config.json", config), (CONFIG_FILE, document)):
-        (draft / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    state = {name: tensor.contiguous() for name, tensor in subject.state.items()}
+def _write_adapter(adapter: OpenedAdapter, draft: Path) -> None:
+    """Under names of its own: transformers takes an `adapter_config.json` beside weights for PEFT's."""
+    config = {"model_type": MODEL_TYPE, "base": adapter.base.config}
+    _write_json(draft / "config.json", config)
+    _write_json(draft / CONFIG_FILE, {"config": asdict(adapter.config), "meta": adapter.meta})
+    state = {name: tensor.contiguous() for name, tensor in adapter.state.items()}
     save_file(state, draft / ADAPTER_FILE, metadata={"format": "pt"})
     (draft / ADAPTER_FILE).chmod((draft / CONFIG_FILE).stat().st_mode)  # safetensors makes it private
 
 
-def _take(source: Path, target: Path, link: bool) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _link_or_copy(source: Path, target: Path, link: bool) -> None:
     if link:
         try:
             os.link(source, target)
             return
-        except OSError as error:
+        except OSError as error:  # another file system, say
             _LOG.warning("%s is copied, for it cannot be linked (%s)", source.name, error.strerror)
     shutil.copyfile(source, target)
 
 
-def _readme(subject: Subject) -> str:
-    config, tasks = subject.config, ", ".join(subject.tasks)
-    gated = config.router in ("task", "joint") and subject.routed
+def _readme(adapter: OpenedAdapter) -> str:
+    config = adapter.config
+    gated = config.router in ("task", "joint") and adapter.routed
     rows = 'with loaded.rows(tasks=["TASK"]):\n    ' if gated else ""
     return (
-        f"# {subject.folder.name}\n\n"
-        f"{subject.base.name} with adapters of moe_medical ({config.preset}, {config.router} router). "
-        f"Tasks: {tasks}.\n\n"
+        f"# {adapter.folder.name}\n\n"
+        f"{adapter.base.name} with adapters of moe_medical ({config.preset}, {config.router} router). "
+        f"Tasks: {', '.join(adapter.tasks)}.\n\n"
         "torch, transformers and safetensors are all that it needs; run it from this folder:\n\n"
         "```python\n"
         "from load_moe_medical import load\n\n"

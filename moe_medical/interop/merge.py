@@ -19,21 +19,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.folder import WEIGHTS_FILE
 from moe_medical.adapters.layer import AdaptedLinear
-from moe_medical.base_model import BaseModel
 from moe_medical.base_model.embedded import verify_checksums
-from moe_medical.base_model.load import load_unread_base
+from moe_medical.base_model.load import ConvertedWeights, load_unread_base
 from moe_medical.base_model.shapes import read_header, weight_files
 from moe_medical.base_model.stored import StoredTensor
 from moe_medical.digest import sha256_file
-from moe_medical.errors import ConfigError, DataError, Problem
+from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.new_folder import check_new, copy_beside_weights, folder_names, new_folder
-from moe_medical.interop.subject import Subject, check_fixed, fixed_loras, open_adapter, task_number
+from moe_medical.interop.opened import OpenedAdapter, check_fixed, fixed_loras, open_adapter, task_number
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
 RECORD_FILE = "moe_medical_merge.json"
@@ -69,17 +68,19 @@ def merge_adapter(
     """
     names: list[str | None] = [*folder_names(tasks)] if tasks else [None]
     check_new(out)
-    subject = open_adapter(adapter, base, only)
+    opened = open_adapter(adapter, base, only)
     for name in names:
-        check_fixed(subject, name)
-    places = weight_places(subject)
-    expected = probe_logits(subject, [task_number(subject, name) for name in names]) if verify else None
+        check_fixed(opened, name)
+    places = weight_places(opened)
+    # The adapted model answers now and goes, so that it and a merged one are never in memory together.
+    probe = probe_logits(opened, [task_number(opened, name) for name in names]) if verify else None
     with new_folder(out) as draft:
         for index, name in enumerate(names):
             folder = draft if len(names) == 1 else draft / str(name)
-            _write(subject, fixed_loras(subject, name), places, folder)
-            error = refuse_other_logits(subject, folder, expected, index) if expected else None
-            _write_record(subject, name, error, folder)
+            folder.mkdir(exist_ok=True)
+            _write_merged(opened, fixed_loras(opened, name), places, folder)
+            error = refuse_other_logits(opened, folder, probe, index) if probe else None
+            _write_record(opened, name, error, folder)
             _LOG.info("merged %d modules into %s", len(places), out / folder.relative_to(draft))
     return [out] if len(names) == 1 else [out / str(name) for name in names]
 
@@ -93,50 +94,46 @@ def merge_matrix(weight: Tensor, lora: LowRank, transposed: bool = False) -> Ten
         transposed: As in transformers' Conv1D.
     """
     merged = weight.to(torch.float32, copy=True)
-    rows_FD = merged.t() if transposed else merged
+    rows_FD = merged.t() if transposed else merged  # a view: what is done to it is done to `merged`
     rows_FD.addmm_(lora.B, lora.A, alpha=lora.scaling)
     if lora.magnitude is not None:
+        # DoRA (arXiv 2402.09353): each row of the sum, which gives one output, is scaled to its magnitude.
         rows_FD.mul_((lora.magnitude.float() / rows_FD.norm(dim=1))[:, None])
-    return merged.to(weight.dtype)
+    return merged.to(weight.dtype)  # the one rounding
 
 
-def weight_places(subject: Subject) -> dict[str, StoredTensor]:
+def weight_places(adapter: OpenedAdapter) -> dict[str, StoredTensor]:
     """Adapted linear -> its weight on disk.
 
     Raises:
-        ConfigError: The base is quantised, or one of its weights serves several layers.
-        DataError: Transformers converts the base's tensors.
+        ConfigError: The base is quantised, transformers converts its tensors, a weight serves several layers,
+            or is no float.
     """
-    _refuse_quantised(subject.base)
-    try:
-        unread = load_unread_base(subject.base, "float32")
-    except DataError as error:
-        if "ZeRO-3" not in str(error):
-            raise
-        why = "transformers converts its tensors when it loads them, so no file holds an adapted weight"
-        fix = "Use `moe-medical export peft`."
-        raise ConfigError(
-            str(subject.folder), [Problem("base", f"cannot be merged: {why}", fix=fix)]
-        ) from None
-    names = {name: f"{name}.weight" for name in subject.linears}
-    _refuse_shared(unread.model, set(names.values()))
-    places = {name: unread.stored[weight] for name, weight in names.items()}
-    headers = {path: read_header(path) for path in weight_files(subject.base.folder)}
-    wrong = [n for n, t in places.items() if headers[t.path][t.name]["dtype"] not in _FLOATS]
-    if wrong:
-        rule = f"must be stored as one of {', '.join(_FLOATS)}, else nothing can be added to it"
-        raise ConfigError(str(subject.base.folder), [Problem(f"{wrong[0]}.weight", rule)])
-    return places
-
-
-def _refuse_quantised(base: BaseModel) -> None:
+    base = adapter.base
     if base.config.get("quantization_config"):
         rule = "must not be quantised: the sum would be rounded to its few bits"
         fix = "Merge into the unquantised model, or use `moe-medical export peft`."
         raise ConfigError("merge", [Problem("base", rule, base.name, fix)])
+    try:
+        unread = load_unread_base(base, "float32")
+    except ConvertedWeights:
+        rule = (
+            "cannot be merged: transformers converts its tensors when it loads them, so no file holds an "
+            "adapted weight"
+        )
+        raise adapter.refused("base", rule, fix="Use `moe-medical export peft`.") from None
+    names = {name: f"{name}.weight" for name in adapter.linears}
+    _refuse_shared(unread.model, set(names.values()))
+    places = {name: unread.stored[weight] for name, weight in names.items()}
+    headers = {path: read_header(path) for path in weight_files(base.folder)}
+    wrong = [n for n, t in places.items() if headers[t.path][t.name]["dtype"] not in _FLOATS]
+    if wrong:
+        rule = f"must be stored as one of {', '.join(_FLOATS)}, else nothing can be added to it"
+        raise ConfigError(str(base.folder), [Problem(f"{wrong[0]}.weight", rule)])
+    return places
 
 
-def _refuse_shared(model: torch.nn.Module, weights: set[str]) -> None:
+def _refuse_shared(model: nn.Module, weights: set[str]) -> None:
     """A weight that two modules share would carry the adapter of one into the other."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -147,45 +144,41 @@ def _refuse_shared(model: torch.nn.Module, weights: set[str]) -> None:
             raise ConfigError("merge", [Problem(names[0], rule, fix="Use `moe-medical export peft`.")])
 
 
-def _write(
-    subject: Subject, loras: Mapping[str, LowRank], places: Mapping[str, StoredTensor], folder: Path
-) -> None:
-    folder.mkdir(exist_ok=True)
-    verify_checksums(subject.base.folder)
-    copy_beside_weights(subject.base.folder, folder)
-    linears = subject.linears
-    for path in weight_files(subject.base.folder):
-        shutil.copyfile(path, folder / path.name)
-        here = [name for name, place in places.items() if place.path == path]
-        _patch(folder / path.name, {n: (places[n], loras[n], is_transposed(linears[n])) for n in here})
-
-
 def is_transposed(linear: AdaptedLinear) -> bool:
     """Whether the base stores the layer's weight (D, F)."""
     return isinstance(linear.base, Conv1D)
 
 
-def _patch(path: Path, merges: Mapping[str, tuple[StoredTensor, LowRank, bool]]) -> None:
-    """Write merged tensors over the base's in a copied file."""
-    header = read_header(path)
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        for place, lora, transposed in merges.values():
-            merged = merge_matrix(place.read().view(place.shape), lora, transposed)
-            file.seek(8 + length + header[place.name]["data_offsets"][0])
-            file.write(merged.view(torch.uint8).numpy().data)
+def _write_merged(
+    adapter: OpenedAdapter, loras: Mapping[str, LowRank], places: Mapping[str, StoredTensor], folder: Path
+) -> None:
+    """The base's files, with merged tensors over its own in the copies."""
+    verify_checksums(adapter.base.folder)
+    copy_beside_weights(adapter.base.folder, folder)
+    for path in weight_files(adapter.base.folder):
+        copy = Path(shutil.copyfile(path, folder / path.name))
+        header = read_header(copy)
+        with copy.open("r+b") as file:
+            # A safetensors file: the header's length, the header, the tensors. Offsets count from its end.
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, place in places.items():
+                if place.path == path:
+                    weight = place.read().view(place.shape)
+                    merged = merge_matrix(weight, loras[name], is_transposed(adapter.linears[name]))
+                    file.seek(8 + length + header[place.name]["data_offsets"][0])
+                    file.write(merged.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
 
 
-def _write_record(subject: Subject, task: str | None, error: float | None, folder: Path) -> None:
+def _write_record(adapter: OpenedAdapter, task: str | None, error: float | None, folder: Path) -> None:
     """Where the weights came from; the prompts of the training are needed to use them."""
     record = {
-        "base_model": subject.base.name,
-        "base_revision": subject.base.revision,
-        "adapter": str(subject.folder),
-        "adapter_sha256": sha256_file(subject.folder / WEIGHTS_FILE),
+        "base_model": adapter.base.name,
+        "base_revision": adapter.base.revision,
+        "adapter": str(adapter.folder),
+        "adapter_sha256": sha256_file(adapter.folder / WEIGHTS_FILE),
         "task": task,
-        "merged_modules": len(subject.linears),
-        "system_prompt": subject.meta.get("system_prompt"),
+        "merged_modules": len(adapter.linears),
+        "system_prompt": adapter.meta.get("system_prompt"),
         "largest_logit_difference": error,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

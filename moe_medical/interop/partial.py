@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moe_medical.adapters.placement import routing_scopes
+from moe_medical.adapters.model import router_groups
 from moe_medical.config.presets import ATTENTION, FFN, MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import (
@@ -53,59 +53,59 @@ def restrict_adapter(
     """
     modules = tensors_of_modules(state)
     adapted = {name: modules[name] for name in linears if name in modules}
-    kept = _by_role(_by_name(adapted, only), [part for part in only if part in ROLES])
+    kept = _with_role(_with_names(adapted, only), only)
     if "shared" in only:
         return _shared_only(config, kept)
     if "routed" in only and config.shared_experts:
-        _refuse_blocks(config, only)
-        kept = {name: _without_shared(tensors) for name, tensors in kept.items()}
+        _refuse_to_cut_blocks(config, only)
+        shared = ("shared_A", "shared_B", "shared_gate")
+        kept = {n: {role: t for role, t in own.items() if role not in shared} for n, own in kept.items()}
         config = replace(config, shared_experts=0, learn_shared_weight=False)
     routed = [name for name, tensors in kept.items() if is_routed(tensors)]
     plain = [name for name in kept if name not in routed]
     if routed:
         kept = _with_routers(config, modules, kept, routed, only)
-    return _named(config, routed, plain), _flat(kept)
+    part = {f"{name}.{role}": t for name, tensors in kept.items() for role, t in tensors.items()}
+    return _placed(config, routed, plain), part
 
 
-def _by_name(modules: _Modules, only: Sequence[str]) -> _Modules:
+def _with_names(modules: _Modules, only: Sequence[str]) -> _Modules:
+    """Modules that any of the names or patterns selects; all where only a role is given."""
     patterns = [part for part in only if part not in ROLES]
     if not patterns:
         return modules
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = {n for n in modules if re.fullmatch(_PATTERNS.get(pattern, pattern), n)}
+            found = {name for name in modules if re.fullmatch(_PATTERNS.get(pattern, pattern), name)}
         except re.error as error:
-            raise _refused(
-                only, f"must be {', '.join([*_PATTERNS, *ROLES])} or a pattern ({error})"
-            ) from None
+            rule = f"must be {', '.join([*_PATTERNS, *ROLES])} or a pattern ({error})"
+            raise _refused(only, rule) from None
         if not found:
             raise _refused([pattern], "must select a module of the adapter")
         chosen |= found
     return {name: tensors for name, tensors in modules.items() if name in chosen}
 
 
-def _by_role(modules: _Modules, roles: Sequence[str]) -> _Modules:
+def _with_role(modules: _Modules, only: Sequence[str]) -> _Modules:
+    """Modules that have the one role that is asked for; all where none is."""
+    roles = [part for part in only if part in ROLES]
     if len(roles) > 1:
         raise _refused(roles, f"must hold at most one of {', '.join(ROLES)}")
-    for role in roles:
-        wanted = {"routed": is_routed, "plain": _is_plain, "shared": _has_shared}[role]
-        modules = {name: tensors for name, tensors in modules.items() if wanted(tensors)}
-        if not modules:
-            raise _refused(roles, "must select a module of the adapter")
-    return modules
-
-
-def _is_plain(tensors: Mapping[str, Tensor]) -> bool:
-    return "lora_B" in tensors and not is_routed(tensors)
-
-
-def _has_shared(tensors: Mapping[str, Tensor]) -> bool:
-    return "shared_B" in tensors
-
-
-def _without_shared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {role: tensor for role, tensor in tensors.items() if not role.startswith("shared_")}
+    if not roles:
+        return modules
+    found = {}
+    for name, tensors in modules.items():
+        has_role = {
+            "routed": is_routed(tensors),
+            "plain": "lora_B" in tensors and not is_routed(tensors),
+            "shared": "shared_B" in tensors,
+        }
+        if has_role[roles[0]]:
+            found[name] = tensors
+    if not found:
+        raise _refused(roles, "must select a module of the adapter")
+    return found
 
 
 def _shared_only(config: MoloraConfig, kept: _Modules) -> tuple[MoloraConfig, dict[str, Tensor]]:
@@ -121,7 +121,7 @@ def _shared_only(config: MoloraConfig, kept: _Modules) -> tuple[MoloraConfig, di
         router="token",
         num_tasks=0,
         rank=rank,
-        alpha=config.scaling * rank,
+        alpha=config.scaling * rank,  # so that alpha / rank stays, whatever rule the whole one had
         rank_split=False,
         rs_lora=False,
         dora=False,
@@ -129,65 +129,60 @@ def _shared_only(config: MoloraConfig, kept: _Modules) -> tuple[MoloraConfig, di
         learn_shared_weight=False,
     )
     state = {f"{name}.lora_A": lora.A for name, lora in loras.items()}
-    return _named(plain, [], list(loras)), state | {f"{n}.lora_B": lora.B for n, lora in loras.items()}
+    state |= {f"{name}.lora_B": lora.B for name, lora in loras.items()}
+    return _placed(plain, [], list(loras)), state
 
 
 def _with_routers(
     config: MoloraConfig, modules: _Modules, kept: _Modules, routed: Sequence[str], only: Sequence[str]
 ) -> _Modules:
-    """The kept modules, with what routes for them where the attached model looks for it."""
-    if config.experts != "linear":
+    """The kept modules, with what routes for them where the attached model looks for it.
+
+    Args:
+        config: Of the part.
+        modules: Of the whole adapter.
+        kept: Of the part, as they were.
+        routed: Those of the part with routed experts.
+        only: For errors.
+    """
+    if config.experts != "linear":  # the router is the block's
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in routed)
         if not blocks.keys() <= modules.keys():
-            _refuse_blocks(config, only)
+            _refuse_to_cut_blocks(config, only)
         return kept | {block: modules[block] for block in blocks}
-    if config.router == "xlora":
-        return _with_classifier(modules, kept, routed, only)
-    owners, leaders = router_owners(config, modules), _new_owners(config, routed)
-    moved = {leader: owners[leader] for leader in leaders if owners[leader] != leader}
-    if moved and config.router != "task":
-        lost = next(iter(moved.values()))
-        raise _refused(only, f"must keep {lost}, whose input the router of others reads")
-    without = {name: _without_router(tensors) for name, tensors in kept.items()}
-    own = {leader: router_tensors(modules[owners[leader]]) for leader in leaders}
-    return {
-        name: t | {f"{ROUTER}.{n}": v for n, v in own.get(name, {}).items()} for name, t in without.items()
-    }
+    if config.router == "xlora":  # one classifier for the whole model, which is no adapted linear
+        if {name for name, tensors in modules.items() if is_routed(tensors)} != set(routed):
+            rule = "must keep all routed modules of X-LoRA, whose gates come from one classifier"
+            raise _refused(only, rule)
+        return kept | {name: tensors for name, tensors in modules.items() if "lora_B" not in tensors}
+    return _with_routers_of_groups(config, modules, kept, routed, only)
 
 
-def _new_owners(config: MoloraConfig, routed: Sequence[str]) -> list[str]:
-    """The first module of each scope, of the whole model where all share one router."""
-    if config.router_scope == "model":
-        return [routed[0]]
-    scopes = routing_scopes(routed, config.router_scope)
-    return list({scope: name for name, scope in reversed(scopes.items())}.values())
-
-
-def _with_classifier(
-    modules: _Modules, kept: _Modules, routed: Sequence[str], only: Sequence[str]
+def _with_routers_of_groups(
+    config: MoloraConfig, modules: _Modules, kept: _Modules, routed: Sequence[str], only: Sequence[str]
 ) -> _Modules:
-    every = {name for name, tensors in modules.items() if is_routed(tensors)}
-    if every != set(routed):
-        raise _refused(only, "must keep all routed modules of X-LoRA, whose gates come from one classifier")
-    return kept | {name: tensors for name, tensors in modules.items() if "lora_B" not in tensors}
+    """Each group's router where attaching puts it: at the first of its linears that stay."""
+    before = router_owners(config, modules)
+    found = {}
+    for name, tensors in kept.items():
+        found[name] = {role: t for role, t in tensors.items() if role.partition(".")[0] != ROUTER}
+    for owner in dict.fromkeys(group.owner for group in router_groups(routed, config.router_scope).values()):
+        if before[owner] != owner and config.router != "task":
+            # A task gate reads no layer's input and may stand anywhere; another would read another input.
+            raise _refused(only, f"must keep {before[owner]}, whose input the router of others reads")
+        own = router_tensors(modules[before[owner]])
+        found[owner] |= {f"{ROUTER}.{name}": tensor for name, tensor in own.items()}
+    return found
 
 
-def _without_router(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {role: tensor for role, tensor in tensors.items() if role.split(".")[0] != ROUTER}
+def _placed(config: MoloraConfig, routed: Sequence[str], plain: Sequence[str]) -> MoloraConfig:
+    """The config with these very modules in place of the patterns, which would match others too."""
+    return replace(config, molora=tuple(map(re.escape, routed)), lora=tuple(map(re.escape, plain)))
 
 
-def _refuse_blocks(config: MoloraConfig, only: Sequence[str]) -> None:
+def _refuse_to_cut_blocks(config: MoloraConfig, only: Sequence[str]) -> None:
     if config.experts != "linear":
         raise _refused(only, "must not cut through blocks of experts, which are adapted whole")
-
-
-def _named(config: MoloraConfig, routed: Sequence[str], plain: Sequence[str]) -> MoloraConfig:
-    exact = {"molora": tuple(map(re.escape, routed)), "lora": tuple(map(re.escape, plain))}
-    return replace(config, **exact)  # type: ignore[arg-type]
-
-
-def _flat(modules: _Modules) -> dict[str, Tensor]:
-    return {f"{name}.{role}": t for name, tensors in modules.items() for role, t in tensors.items()}
 
 
 def _refused(only: Sequence[str], rule: str) -> ConfigError:

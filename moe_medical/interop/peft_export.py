@@ -31,11 +31,13 @@ from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.merge import is_transposed, merge_matrix, weight_places
 from moe_medical.interop.new_folder import check_new, folder_names, new_folder
-from moe_medical.interop.subject import Subject, check_fixed, fixed_loras, open_adapter
+from moe_medical.interop.opened import OpenedAdapter, check_fixed, fixed_loras, open_adapter
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "moe_medical_export.json"
-VLLM_ARGUMENTS, VLLM_INDEX = "vllm_lora_modules.txt", "vllm_lora_modules.json"
+VLLM_ARGUMENTS = "vllm_lora_modules.txt"
+VLLM_INDEX = "vllm_lora_modules.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be from 8 on."""
 
@@ -70,143 +72,139 @@ def export_peft(
     names: list[str | None] = [*folder_names(tasks)] if tasks else [None]
     check_new(out)
     for_vllm = for_vllm or len(names) > 1
-    subject = open_adapter(adapter, base, only)
-    if for_vllm and subject.config.dora:
+    opened = open_adapter(adapter, base, only)
+    if for_vllm and opened.config.dora:
         fix = "Merge it instead, or export one task without --vllm."
         raise ConfigError(str(adapter), [Problem("adapter", "must not be a DoRA: vLLM has none", fix=fix)])
     for name in names:
-        check_fixed(subject, name, gate)
+        check_fixed(opened, name, gate)
     ranks: dict[str, int] = {}
     with new_folder(out) as draft:
         for name in names:
-            export, folder = _new_export(subject, name, gate, for_vllm), name or adapter.resolve().name
-            export.write(subject, draft / folder if for_vllm else draft)
-            ranks[folder] = export.rank
+            lora = _peft_lora(opened, fixed_loras(opened, name, gate), for_vllm)
+            folder = name or adapter.resolve().name
+            ranks[folder] = lora.rank
+            place = draft / folder if for_vllm else draft
+            place.mkdir(exist_ok=True)
+            _write_lora(opened, lora, place)
+            record = {
+                "adapter": str(opened.folder),
+                "task": name,
+                "gate": None if gate is None else list(gate),
+                "system_prompt": opened.meta.get("system_prompt"),
+            }
+            _write_json(place / RECORD_FILE, record)
         if for_vllm:
-            _write_index(subject, ranks, out, draft)
+            _write_index(opened, ranks, out, draft)
     return [out / folder for folder in ranks] if for_vllm else [out]
 
 
 @dataclass(frozen=True)
-class _Export:
-    """One LoRA, ready to be written."""
+class _PeftLora:
+    """One LoRA as PEFT's two files hold it."""
 
-    loras: dict[str, LowRank]
+    modules: dict[str, LowRank]
     alphas: dict[str, float]
     """`lora_alpha` of each module."""
-    rslora: bool
-    record: dict[str, Any]
+    rslora: bool = False
 
     @property
     def rank(self) -> int:
         """Of most modules, or the largest of those."""
-        ranks = [lora.rank for lora in self.loras.values()]
+        ranks = [lora.rank for lora in self.modules.values()]
         return max(ranks, key=lambda rank: (ranks.count(rank), rank))
 
-    def config(self, subject: Subject) -> dict[str, Any]:
-        """PEFT's `adapter_config.json`."""
-        rank = self.rank
-        alpha = next(self.alphas[name] for name, lora in self.loras.items() if lora.rank == rank)
-        ranks = {name: lora.rank for name, lora in self.loras.items() if lora.rank != rank}
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": _name_for_others(subject),
-            "revision": subject.base.revision,
-            "r": rank,
-            "lora_alpha": _whole(alpha),
-            "rank_pattern": ranks,
-            "alpha_pattern": {name: _whole(self.alphas[name]) for name in ranks},
-            "use_rslora": self.rslora,
-            "use_dora": any(lora.magnitude is not None for lora in self.loras.values()),
-            "target_modules": sorted(self.loras),
-            "fan_in_fan_out": any(is_transposed(subject.linears[name]) for name in self.loras),
-            "bias": "none",
-            "lora_dropout": 0.0,
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
 
-    def write(self, subject: Subject, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        _write_json(folder / CONFIG_FILE, self.config(subject))
-        _write_json(folder / RECORD_FILE, self.record)
-        save_file(_peft_tensors(self.loras), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors makes it private
-
-
-def _new_export(subject: Subject, task: str | None, gate: Sequence[float] | None, for_vllm: bool) -> _Export:
-    loras, config = fixed_loras(subject, task, gate), subject.config
-    record = {
-        "adapter": str(subject.folder),
-        "task": task,
-        "gate": None if gate is None else list(gate),
-        "system_prompt": subject.meta.get("system_prompt"),
-    }
+def _peft_lora(adapter: OpenedAdapter, loras: dict[str, LowRank], for_vllm: bool) -> _PeftLora:
+    """Ranks, scalings and magnitudes as PEFT, or vLLM, can have them; the same update."""
+    config = adapter.config
     if for_vllm:
-        rank = _vllm_rank(subject, max(lora.rank for lora in loras.values()))
-        loras = {name: _padded(lora, rank) for name, lora in loras.items()}
-    elif not subject.routed:
-        loras = _with_magnitudes(subject, loras)
-        return _Export(loras, dict.fromkeys(loras, config.alpha), config.rs_lora, record)
-    loras = _with_magnitudes(subject, loras)
+        rank = _vllm_rank(adapter, max(lora.rank for lora in loras.values()))
+        padded = {}
+        for name, lora in loras.items():
+            added = rank - lora.rank
+            # Rows and columns of zeros: the update and its scaling stay.
+            padded[name] = replace(lora, A=pad(lora.A, (0, 0, 0, added)), B=pad(lora.B, (0, added)))
+        loras = padded
+    loras = _with_magnitudes(adapter, loras)
+    if not adapter.routed and not for_vllm:
+        return _PeftLora(loras, dict.fromkeys(loras, config.alpha), config.rs_lora)
+    # PEFT divides alpha by the rank, which has grown: alpha grows with it.
     if any(not (lora.scaling * lora.rank).is_integer() for lora in loras.values()):
-        loras = {name: _unscaled(lora) for name, lora in loras.items()}
-    return _Export(loras, {name: lora.scaling * lora.rank for name, lora in loras.items()}, False, record)
+        loras = {name: replace(lora, B=lora.B * lora.scaling, scaling=1.0) for name, lora in loras.items()}
+    return _PeftLora(loras, {name: lora.scaling * lora.rank for name, lora in loras.items()})
 
 
-def _unscaled(lora: LowRank) -> LowRank:
-    return replace(lora, B=lora.B * lora.scaling, scaling=1.0)
-
-
-def _padded(lora: LowRank, rank: int) -> LowRank:
-    missing = rank - lora.rank
-    return replace(lora, A=pad(lora.A, (0, 0, 0, missing)), B=pad(lora.B, (0, missing)))
-
-
-def _vllm_rank(subject: Subject, rank: int) -> int:
+def _vllm_rank(adapter: OpenedAdapter, rank: int) -> int:
     fitting = [known for known in VLLM_RANKS if known >= rank]
     if not fitting:
         rule = f"comes to a LoRA of rank {rank}; vLLM serves up to {VLLM_RANKS[-1]}"
-        fix = "Merge it instead: `moe-medical merge`."
-        raise ConfigError(str(subject.folder), [Problem("adapter", rule, fix=fix)])
+        raise adapter.refused("adapter", rule, fix="Merge it instead: `moe-medical merge`.")
     return fitting[0]
 
 
-def _with_magnitudes(subject: Subject, loras: dict[str, LowRank]) -> dict[str, LowRank]:
-    """Give every module a magnitude if one has it."""
+def _with_magnitudes(adapter: OpenedAdapter, loras: dict[str, LowRank]) -> dict[str, LowRank]:
+    """Give every module a magnitude if one has it: the norms of W + delta W, which scale by 1."""
     without = [name for name, lora in loras.items() if lora.magnitude is None]
     if not without or len(without) == len(loras):
         return loras
-    places = weight_places(subject)
+    places = weight_places(adapter)
     found = dict(loras)
     for name in without:
         weight = places[name].read().view(places[name].shape).float()
-        transposed = is_transposed(subject.linears[name])
+        transposed = is_transposed(adapter.linears[name])
         merged = merge_matrix(weight, loras[name], transposed)
         found[name] = replace(loras[name], magnitude=merged.norm(dim=0 if transposed else 1))
     return found
 
 
-def _peft_tensors(loras: Mapping[str, LowRank]) -> dict[str, Tensor]:
+def _write_lora(adapter: OpenedAdapter, lora: _PeftLora, folder: Path) -> None:
+    _write_json(folder / CONFIG_FILE, _peft_config(adapter, lora))
     tensors: dict[str, Tensor] = {}
-    for name, lora in loras.items():
+    for name, low_rank in lora.modules.items():
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = lora.A.clone(memory_format=torch.contiguous_format)
-        tensors[f"{prefix}.lora_B.weight"] = lora.B.clone(memory_format=torch.contiguous_format)
-        if lora.magnitude is not None:
-            tensors[f"{prefix}.lora_magnitude_vector"] = lora.magnitude.contiguous()
-    return tensors
+        # Contiguous, and each in memory of its own, else safetensors refuses them.
+        tensors[f"{prefix}.lora_A.weight"] = low_rank.A.clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}.lora_B.weight"] = low_rank.B.clone(memory_format=torch.contiguous_format)
+        if low_rank.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = low_rank.magnitude.contiguous()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors makes it private
 
 
-def _write_index(subject: Subject, ranks: Mapping[str, int], out: Path, draft: Path) -> None:
+def _peft_config(adapter: OpenedAdapter, lora: _PeftLora) -> dict[str, Any]:
+    """PEFT's `adapter_config.json`."""
+    usual = next(name for name, low_rank in lora.modules.items() if low_rank.rank == lora.rank)
+    ranks = {name: low_rank.rank for name, low_rank in lora.modules.items() if low_rank.rank != lora.rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": _name_for_others(adapter),
+        "revision": adapter.base.revision,
+        "r": lora.rank,
+        "lora_alpha": _whole(lora.alphas[usual]),
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: _whole(lora.alphas[name]) for name in ranks},
+        "use_rslora": lora.rslora,
+        "use_dora": any(low_rank.magnitude is not None for low_rank in lora.modules.values()),
+        "target_modules": sorted(lora.modules),
+        "fan_in_fan_out": any(is_transposed(adapter.linears[name]) for name in lora.modules),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _write_index(adapter: OpenedAdapter, ranks: Mapping[str, int], out: Path, draft: Path) -> None:
     """What `vllm serve` is to be told: a line for the shell, and the same as JSON."""
-    rank, modules = max(ranks.values()), {name: str(out / name) for name in ranks}
+    rank = max(ranks.values())
+    modules = {name: str(out / name) for name in ranks}
     arguments = ["--enable-lora", f"--max-loras={len(modules)}", f"--max-lora-rank={rank}", "--lora-modules"]
     arguments += [f"{name}={path}" for name, path in modules.items()]
     (draft / VLLM_ARGUMENTS).write_text(f"{shlex.join(arguments)}\n", encoding="utf-8")
     index = {
-        "base_model": _name_for_others(subject),
+        "base_model": _name_for_others(adapter),
         "max_lora_rank": rank,
         "max_loras": len(modules),
         "lora_modules": [{"name": name, "path": path} for name, path in modules.items()],
@@ -214,13 +212,14 @@ def _write_index(subject: Subject, ranks: Mapping[str, int], out: Path, draft: P
     _write_json(draft / VLLM_INDEX, index)
 
 
-def _name_for_others(subject: Subject) -> str:
+def _name_for_others(adapter: OpenedAdapter) -> str:
     """A hub id or folder; the embedded model has a name of ours, which nobody else knows."""
-    embedded = subject.base.name == EMBEDDED_NAME
-    return str(subject.base.folder) if embedded else subject.base.name
+    embedded = adapter.base.name == EMBEDDED_NAME
+    return str(adapter.base.folder) if embedded else adapter.base.name
 
 
 def _whole(alpha: float) -> float | int:
+    """Without a decimal point where it can be: PEFT declares `lora_alpha` an int."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.layer import linear_sizes
 from moe_medical.adapters.model import attach_adapters, lay_out_for_answers, load_adapter_state
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ModelSection
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.chat_template import Message
-from moe_medical.data.formats import ChatFormat
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.evaluation.generate import Row, continue_rows
 
@@ -50,18 +50,25 @@ class SharedBase:
             ConfigError: a folder without a readable adapter, one of another base, or one that does not fit.
         """
         config, meta, state = load_adapter(folder)
-        own = (meta["base_model"], meta["base_revision"])
-        if not self.named and own != (self.located.name, self.located.revision):
+        fits = (meta["base_model"], meta["base_revision"]) == (self.located.name, self.located.revision)
+        if not (self.named or fits):
             rule = f"must be {self.located.name}, the base model in use"
-            raise ConfigError(str(folder), [Problem("meta.base_model", rule, own[0])])
+            raise ConfigError(str(folder), [Problem("meta.base_model", rule, meta["base_model"])])
         model = _share(self.model)
         context = attach_adapters(model, config, seed=0)  # the weights come from the adapter
         load_adapter_state(model, state, str(folder))
         lay_out_for_answers(model)
-        chat = ChatFormat.from_folder(
-            self.located.folder, meta.get("system_prompt"), meta.get("max_length", _MAX_LENGTH)
+        system_prompt = meta.get("system_prompt")
+        return Adapted(
+            model=model.eval(),
+            context=context,
+            config=config,
+            chat=ChatFormat.from_folder(
+                self.located.folder, system_prompt, meta.get("max_length", _MAX_LENGTH)
+            ),
+            tasks=tuple(meta["tasks"]),
+            system_prompt=system_prompt,
         )
-        return Adapted(model.eval(), context, config, chat, tuple(meta["tasks"]), meta.get("system_prompt"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +92,7 @@ class Adapted:
         """Whether the router asks for more than the tokens: their task, or where their prompt ends."""
         return self.config.knows_tasks or self.config.router == "sequence"
 
-    def task_numbers(self, task: str | None, where: str) -> tuple[int, ...]:
+    def task_numbers(self, task: str | None, setting: str) -> tuple[int, ...]:
         """Numbers of the tasks of one prompt, none where the router knows no tasks.
 
         The mean that a gate takes without a task is that of all tasks; they are named, for other rows of a
@@ -93,18 +100,25 @@ class Adapted:
 
         Args:
             task: A name, several with commas between them, or None.
-            where: What an error names as wrong.
+            setting: What an error names as wrong.
 
         Raises:
             ConfigError: an unknown task, or none where the adapter needs one.
         """
-        given = self._default_tasks() if task is None else [name.strip() for name in task.split(",")]
+        known = ", ".join(self.tasks)
+        if task is not None:
+            given = [name.strip() for name in task.split(",")]
+        elif self.config.knows_tasks and self.config.unknown_task not in ("mean", "refuse"):
+            given = [self.config.unknown_task]  # a task that stands in for any other
+        else:
+            given = []
         if unknown := [name for name in given if name not in self.tasks]:
-            raise self._task_error(where, "must be one of", unknown[0])
+            raise ConfigError("adapter", [Problem(setting, f"must be one of {known}", unknown[0])])
         if not self.config.knows_tasks:
             return ()
         if not given and self.config.unknown_task == "refuse":
-            raise self._task_error(where, "must be given, for experts are chosen by task: one of")
+            rule = f"must be given, for experts are chosen by task: one of {known}"
+            raise ConfigError("adapter", [Problem(setting, rule)])
         return tuple(self.tasks.index(name) for name in given or self.tasks)
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -114,27 +128,27 @@ class Adapted:
         return self.chat.encode_chat(messages)
 
     def continue_rows(self, rows: Sequence[Row], tasks: Sequence[tuple[int, ...]]) -> None:
-        """Continue rows, each under its own tasks, in one batch."""
-        cache = self.config.router != "xlora"  # which looks at the whole text again for each token
-        continue_rows(self.model, rows, self.chat, lambda mask: self._bound(tasks, mask), cache)
+        """Continue rows, each under its own tasks, in one batch.
+
+        Args:
+            rows: Their tokens go to `Row.take` as they come.
+            tasks: Of each row, from `task_numbers`.
+        """
+        cache = self.config.router != "xlora"  # which reads the whole text again for each token
+        continue_rows(self.model, rows, self.chat, lambda mask_BS: self._bound(tasks, mask_BS), cache)
 
     def _bound(
         self, tasks: Sequence[tuple[int, ...]], prompt_mask_BS: Tensor
     ) -> AbstractContextManager[object]:
+        """What the router is told beside the tokens, while one batch is continued."""
         if not self.needs_rows:
             return nullcontext()
         if not self.config.knows_tasks:
-            return self.context.bind_tasks(None, prompt_mask_BS)
-        width = max(map(len, tasks))
+            return self.context.bind(BatchInputs.of_rows(None, prompt_mask_BS))
+        width = max(map(len, tasks))  # M, as many tasks as any row has; -1 fills the others up
         padded = [[*numbers, *[-1] * (width - len(numbers))] for numbers in tasks]
-        return self.context.bind_tasks(torch.tensor(padded, device=prompt_mask_BS.device), prompt_mask_BS)
-
-    def _default_tasks(self) -> list[str]:
-        default = self.config.unknown_task
-        return [] if default in ("mean", "refuse") or not self.config.knows_tasks else [default]
-
-    def _task_error(self, where: str, rule: str, actual: str | None = None) -> ConfigError:
-        return ConfigError("adapter", [Problem(where, f"{rule} {', '.join(self.tasks)}", actual)])
+        task_ids_BM = torch.tensor(padded, device=prompt_mask_BS.device)
+        return self.context.bind(BatchInputs.of_rows(task_ids_BM, prompt_mask_BS))
 
 
 def load_shared_base(adapter: Path, base: str | None = None, quantization: str | None = None) -> SharedBase:
@@ -145,7 +159,7 @@ def load_shared_base(adapter: Path, base: str | None = None, quantization: str |
         base: Name of another base model.
         quantization: As `model.quantization`.
     """
-    _, meta, _ = load_adapter(adapter)
+    meta = load_adapter(adapter)[1]
     section = ModelSection(base) if base else ModelSection(meta["base_model"], meta["base_revision"])
     located = locate_base(section)
     kind: Any = quantization or meta.get("quantization", "none")
@@ -162,5 +176,6 @@ def load_adapted(adapter: Path, base: str | None = None, quantization: str | Non
 def _share(model: nn.Module) -> nn.Module:
     """A module tree with the same tensors, in the same linear layers."""
     kept = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if linear_sizes(m))]
+    # `deepcopy` takes what its memo already holds for the copy of itself.
     shared: nn.Module = deepcopy(model, {id(part): part for part in kept})
     return shared

@@ -1,11 +1,15 @@
-"""The HTTP endpoints, on FastAPI."""
+"""The HTTP endpoints, on FastAPI.
+
+Decisions: no documentation pages, for they would answer without the key. An answer whose client has gone is
+cancelled, whether it is streamed or not. Every refusal has OpenAI's form, those of FastAPI itself included.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
@@ -17,14 +21,15 @@ from moe_medical.serving.protocol import (
     AdapterRequest,
     ApiError,
     ChatRequest,
+    GenerationRequest,
     Reply,
     TextRequest,
-    Wanted,
     bad_input,
 )
 from moe_medical.serving.service import Answer, Service
 
 _CLIENT_GONE = 499
+"""nginx's status for it; nobody is there to read it."""
 
 
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:
@@ -51,12 +56,12 @@ def _routes(service: Service) -> APIRouter:
         return {"object": "list", "data": entries}
 
     @routes.post("/chat/completions")
-    async def chat(wanted: ChatRequest, http: Request) -> Response:
-        return await _answer(service, wanted, Reply("chat", wanted.model), http)
+    async def chat(asked: ChatRequest, http: Request) -> Response:
+        return await _answer(service, asked, Reply("chat", asked.model), http)
 
     @routes.post("/completions")
-    async def text(wanted: TextRequest, http: Request) -> Response:
-        return await _answer(service, wanted, Reply("text", wanted.model), http)
+    async def text(asked: TextRequest, http: Request) -> Response:
+        return await _answer(service, asked, Reply("text", asked.model), http)
 
     @routes.post("/adapters")
     def load(adapter: AdapterRequest) -> dict[str, Any]:  # not async: it runs beside the event loop
@@ -71,10 +76,10 @@ def _routes(service: Service) -> APIRouter:
     return routes
 
 
-async def _answer(service: Service, wanted: Wanted, reply: Reply, http: Request) -> Response:
-    answer = service.begin(wanted)
-    if wanted.stream:
-        events = _events(answer, reply, wanted.with_usage)
+async def _answer(service: Service, asked: GenerationRequest, reply: Reply, http: Request) -> Response:
+    answer = service.begin(asked)
+    if asked.stream:  # Starlette ends the generator, and that cancels the answer, when the client goes
+        events = _events(answer, reply, asked.with_usage)
         return StreamingResponse(events, media_type="text/event-stream")
     text = asyncio.ensure_future(answer.whole())
     gone = asyncio.ensure_future(_disconnected(http))
@@ -116,11 +121,12 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _key_check(api_key: str | None):  # type: ignore[no-untyped-def]
-    """A dependency that lets a request pass."""
+def _key_check(api_key: str | None) -> Callable[..., Awaitable[None]]:
+    """A dependency that lets a request pass; FastAPI reads its parameters from its annotations."""
 
     async def check(authorization: Annotated[str, Header()] = "") -> None:
         given = authorization.removeprefix("Bearer ")
+        # In constant time, so that how long it takes tells nothing of the key.
         if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
             raise ApiError(401, "the bearer token must be the server's API key", "invalid_api_key")
 

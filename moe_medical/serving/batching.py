@@ -1,4 +1,4 @@
-"""Requests that wait, and the thread that answers them: the waiting ones of one adapter in one batch.
+"""Requests that come at any time, and static batching: the waiting ones of one adapter are one batch.
 
 Decisions: one thread computes, for one device has nothing to gain from more. A batch is all that waits for
 the adapter of the oldest request, up to a number of rows; what comes while it runs waits for the next. The
@@ -11,11 +11,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from moe_medical.evaluation.generate import EndReason, Row, Sampling
 from moe_medical.serving.adapted import Adapted
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Detokenizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,36 +33,53 @@ class Request:
     adapted: Adapted
     prompt_ids: Sequence[int]
     tasks: tuple[int, ...]
+    """Numbers of the prompt's tasks, from `Adapted.task_numbers`."""
     max_new_tokens: int
     sampling: Sampling
-    wording: Wording
+    detokenizer: Detokenizer
     ended: Callable[[End], None]
     """Called once, from another thread, unless the request was cancelled."""
     cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set by who asked; no batch is stopped for it, but its row ends with its next token."""
 
     def take(self, token: int) -> bool:
         """The next token; True when there need be no more."""
-        return self.cancelled.is_set() or self.wording.take(token)
+        return self.cancelled.is_set() or self.detokenizer.take(token)
 
     def end(self, reason: End) -> None:
         """No more tokens come."""
         if not self.cancelled.is_set():
             if reason != "error":
-                self.wording.finish()
+                self.detokenizer.finish()
             self.ended(reason)
+
+
+class Load(NamedTuple):
+    """Numbers of requests."""
+
+    waiting: int
+    running: int
 
 
 class Batching(Protocol):
     """A way to answer requests that come at any time."""
 
+    def check(self, name: str, adapted: Adapted) -> None:
+        """Refuse an adapter whose requests cannot be answered this way.
+
+        Raises:
+            ConfigError: It is one.
+        """
+
     def submit(self, request: Request) -> None:
         """Answer it as soon as may be.
 
         Raises:
-            QueueFull: too many wait.
+            QueueFull: Too many wait.
+            ConfigError: It asks for what this way cannot give.
         """
 
-    def load(self) -> tuple[int, int]:
+    def load(self) -> Load:
         """Requests that wait, and that are being answered."""
 
     def forget(self, adapted: Adapted) -> None:
@@ -72,8 +89,8 @@ class Batching(Protocol):
         """Answer what waits, then stop."""
 
 
-class Together:
-    """Requests of one adapter that wait together are one batch.
+class StaticBatching:
+    """Requests of one adapter that wait together are one batch, which runs to its end.
 
     Args:
         batch_rows: Of a batch, at most.
@@ -81,12 +98,17 @@ class Together:
     """
 
     def __init__(self, batch_rows: int, queue: int) -> None:
-        self._batch_rows, self._queue = batch_rows, queue
+        self._batch_rows = batch_rows
+        self._queue = queue
         self._waiting: list[Request] = []
         self._running: list[Request] = []
-        self._changed, self._open = threading.Condition(), True
+        self._open = True
+        self._changed = threading.Condition()  # guards the three above
         self._thread = threading.Thread(target=self._work, name="answers")
         self._thread.start()
+
+    def check(self, name: str, adapted: Adapted) -> None:
+        """See `Batching`; any adapter can be answered."""
 
     def submit(self, request: Request) -> None:
         """See `Batching`."""
@@ -96,10 +118,11 @@ class Together:
             self._waiting.append(request)
             self._changed.notify()
 
-    def load(self) -> tuple[int, int]:
+    def load(self) -> Load:
         """See `Batching`."""
         with self._changed:
-            return len(self._waiting), sum(not request.cancelled.is_set() for request in self._running)
+            running = sum(not request.cancelled.is_set() for request in self._running)
+            return Load(len(self._waiting), running)
 
     def forget(self, adapted: Adapted) -> None:
         """See `Batching`; nothing is kept for an adapter."""
@@ -113,7 +136,7 @@ class Together:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            run_batch(batch)
+            _run(batch)
             with self._changed:
                 self._running = []
 
@@ -125,13 +148,15 @@ class Together:
                 if self._waiting or not self._open:
                     break
                 self._changed.wait()
-            same = [r for r in self._waiting if r.adapted is self._waiting[0].adapted][: self._batch_rows]
-            self._waiting = [request for request in self._waiting if request not in same]
-            self._running = same
-            return same
+            # All of one adapter, for adapters share a base but no forward pass. The oldest decides whose turn
+            # it is, so that no adapter waits for ever behind a busier one.
+            same = [r for r in self._waiting if r.adapted is self._waiting[0].adapted]
+            self._running = same[: self._batch_rows]
+            self._waiting = [request for request in self._waiting if request not in self._running]
+            return self._running
 
 
-def run_batch(batch: Sequence[Request]) -> None:
+def _run(batch: Sequence[Request]) -> None:
     """Answer requests of one adapter; a failure ends those that had not ended."""
     left = set(batch)
 
@@ -146,6 +171,7 @@ def run_batch(batch: Sequence[Request]) -> None:
         tasks = [request.tasks for request in batch]
         batch[0].adapted.continue_rows([row(request) for request in batch], tasks)
     except Exception as e:  # whatever a model can raise: the server has other requests to answer
+        # The type alone: a message could hold a part of the input.
         _LOG.error("a batch of %d requests failed: %s", len(batch), type(e).__name__)
         for request in left:
             request.end("error")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from moe_medical.data.chat_template import Message
 from moe_medical.errors import ConfigError, MoeMedicalError, Problem
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.answering import check_sampling
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.answers import check_sampling
+from moe_medical.serving.detokenizer import Detokenizer
 
 _HELP = "/task NAME   /system TEXT   /reset   /quit"
 
@@ -34,13 +33,19 @@ def chat_in_terminal(
     check_sampling(sampling, "--temperature", "--top-p")
     adapted = load_adapted(adapter, base, quantization)
     conversation = Conversation(adapted, max_new_tokens, sampling, task)
-    if sys.stdin.isatty():
+    interactive = sys.stdin.isatty()
+    if interactive:
         show(_HELP)
-    for line in _lines():
+    while True:
+        if interactive:
+            show_part("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
         try:
-            if not conversation.hear(line):
+            if not conversation.take(line):
                 return
-        except MoeMedicalError as e:
+        except MoeMedicalError as e:  # a mistake ends no conversation
             complain(str(e))
 
 
@@ -60,70 +65,59 @@ class Conversation:
     def __init__(
         self, adapted: Adapted, max_new_tokens: int, sampling: Sampling, task: str | None = None
     ) -> None:
-        self._adapted, self._max_new_tokens, self._sampling = adapted, max_new_tokens, sampling
-        self._task, self._system = task, adapted.system_prompt
-        self._said: list[Message] = []
+        self._adapted = adapted
+        self._max_new_tokens = max_new_tokens
+        self._sampling = sampling
+        self._task = task
+        self._system = adapted.system_prompt
+        self._messages: list[Message] = []
         if task is not None:
             adapted.task_numbers(task, "--task")
 
-    def hear(self, line: str) -> bool:
+    def take(self, line: str) -> bool:
         """A command or something to answer; False when it was `/quit`.
 
         Raises:
-            ConfigError: an unknown command or task, or a chat that the model's template refuses.
+            ConfigError: an unknown task, or a chat that the model's template refuses.
         """
         command, _, rest = line.strip().partition(" ")
-        if command.startswith("/"):
-            return self._obey(command, rest.strip())
-        if line.strip():
-            self._answer(line.strip())
-        return True
-
-    def _obey(self, command: str, rest: str) -> bool:
-        if command == "/task":
-            self._adapted.task_numbers(rest, "/task")
-            self._task = rest
+        if not command.startswith("/"):
+            if line.strip():
+                self._answer(line.strip())
+        elif command == "/task":
+            self._adapted.task_numbers(rest.strip(), "/task")
+            self._task = rest.strip()
         elif command == "/system":
-            self._system, self._said = rest or None, []
+            self._system = rest.strip() or None
+            self._messages = []  # what was answered under another system prompt would contradict it
         elif command == "/reset":
-            self._said = []
+            self._messages = []
         elif command != "/quit":
             complain(f"commands are {_HELP}")
         return command != "/quit"
 
     def _answer(self, text: str) -> None:
         numbers = self._adapted.task_numbers(self._task, "/task")
-        said: list[Message] = [*self._said, {"role": "user", "content": text}]
-        ids, said = self._fitting(said)
-        wording = Wording(self._adapted.chat, show_part)
-        row = Row(ids, self._max_new_tokens, self._sampling, wording.take)
+        ids, messages = self._fitting([*self._messages, {"role": "user", "content": text}])
+        detokenizer = Detokenizer(self._adapted.chat, show_part)
+        row = Row(ids, self._max_new_tokens, self._sampling, detokenizer.take)
         self._adapted.continue_rows([row], [numbers])
-        answer = wording.finish()
+        answer = detokenizer.finish()
         show("")
-        self._said = [*said, {"role": "assistant", "content": answer}]
+        # Only now: a message that could not be answered is no part of the conversation.
+        self._messages = [*messages, {"role": "assistant", "content": answer}]
         if self._sampling.seed is not None:
             self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 
-    def _fitting(self, said: list[Message]) -> tuple[list[int], list[Message]]:
-        """Tokens of the chat without its oldest turns, as many as do not fit."""
+    def _fitting(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
+        """Tokens of the chat without its oldest turns, as many as do not fit, and the messages that stay."""
+        system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
         room = self._adapted.context_length - self._max_new_tokens
         while True:
-            ids = self._adapted.chat.encode_chat([*self._first(), *said])
+            ids = self._adapted.chat.encode_chat([*system, *messages])
             if len(ids) <= room:
-                return ids, said
-            if len(said) == 1:
+                return ids, messages
+            if len(messages) == 1:
                 rule = f"must be at most {room} tokens, to leave room for the answer"
                 raise ConfigError("chat", [Problem("message", rule, len(ids))])
-            said = said[2:]
-
-    def _first(self) -> list[Message]:
-        return [] if self._system is None else [{"role": "system", "content": self._system}]
-
-
-def _lines() -> Iterator[str]:
-    while True:
-        if sys.stdin.isatty():
-            show_part("> ")
-        if not (line := sys.stdin.readline()):
-            return
-        yield line
+            messages = messages[2:]  # a turn of the user and its answer

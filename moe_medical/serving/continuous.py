@@ -2,7 +2,8 @@
 
 Decisions: one manager, thread and key-value cache for each adapter that was asked. Tokens of all requests are
 packed into one row, so routers that need to know a token's task or where its prompt ends cannot tell: such
-adapters are refused. A seed is refused too: the library draws from one generator for all requests.
+adapters are refused. A seed is refused too: the library draws from one generator for all requests. A manager
+whose thread has failed ends its requests, and the next request gets another.
 """
 
 from __future__ import annotations
@@ -15,24 +16,17 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.serving.adapted import Adapted
-from moe_medical.serving.batching import End, QueueFull, Request
+from moe_medical.serving.batching import End, Load, QueueFull, Request
 
 _PAGE = 32
 """Tokens of a page of the cache."""
 _CACHE_TOKENS = 32768
 """Tokens that the cache of one adapter holds, at most, unless a single request may need more."""
 _POLL_SECONDS = 0.05
-"""Between two looks at whether the library's thread still runs."""
+"""Between two checks whether the library's thread still runs."""
 
 
-def check_continuous(name: str, adapted: Adapted) -> None:
-    """Raises ConfigError where an adapter's router needs to know rows."""
-    if adapted.needs_rows or adapted.config.router == "xlora":
-        rule = f"must be together, for the {adapted.config.router} router of {name} needs to know whole rows"
-        raise ConfigError("serve", [Problem("--batching", rule, "continuous")])
-
-
-class Continuous:
+class ContinuousBatching:
     """See `Batching`.
 
     Args:
@@ -41,16 +35,21 @@ class Continuous:
     """
 
     def __init__(self, batch_rows: int, queue: int) -> None:
-        self._batch_rows, self._queue = batch_rows, queue
+        self._batch_rows = batch_rows
+        self._queue = queue
         self._managers: dict[Adapted, _Manager] = {}
         self._lock = threading.Lock()
 
-    def submit(self, request: Request) -> None:
-        """See `Batching`.
+    def check(self, name: str, adapted: Adapted) -> None:
+        """See `Batching`."""
+        if adapted.needs_rows or adapted.config.router == "xlora":
+            rule = (
+                f"must be together, for the {adapted.config.router} router of {name} needs to know whole rows"
+            )
+            raise ConfigError("serve", [Problem("--batching", rule, "continuous")])
 
-        Raises:
-            ConfigError: a seed, unless the answer is greedy.
-        """
+    def submit(self, request: Request) -> None:
+        """See `Batching`; a seed is refused, unless the answer is greedy."""
         if request.sampling.seed is not None and request.sampling.temperature > 0:
             rule = "must be left out: this server's batching draws from one generator for all requests"
             raise ConfigError("serve", [Problem("seed", rule)])
@@ -58,15 +57,17 @@ class Continuous:
             if sum(manager.waiting for manager in self._managers.values()) >= self._queue:
                 raise QueueFull
             manager = self._managers.get(request.adapted)
-            if manager is None:
+            if manager is None or not manager.add(request):
+                if manager is not None:
+                    manager.stop()  # first, for it gives the model its old attention back
                 manager = self._managers[request.adapted] = _Manager(request.adapted, self._batch_rows)
-            manager.add(request)
+                manager.add(request)
 
-    def load(self) -> tuple[int, int]:
+    def load(self) -> Load:
         """See `Batching`."""
         with self._lock:
             managers = list(self._managers.values())
-        return sum(m.waiting for m in managers), sum(m.running for m in managers)
+        return Load(sum(m.waiting for m in managers), sum(m.running for m in managers))
 
     def forget(self, adapted: Adapted) -> None:
         """See `Batching`; its cache is freed when its last request has been answered."""
@@ -85,12 +86,15 @@ class _Manager:
     """The library's manager of one adapter, and the requests that it has."""
 
     def __init__(self, adapted: Adapted, batch_rows: int) -> None:
-        self._batch_rows, self._end_id = batch_rows, adapted.chat.end_id
+        self._batch_rows = batch_rows
+        self._end_id = adapted.chat.end_id
         self._vocabulary = int(adapted.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         self._requests: dict[str, Request] = {}
+        self._ended = False
+        self._lock = threading.Lock()  # guards the two above
         self._names = count()
-        settings = (_settings(adapted), _sizes(adapted, batch_rows))
-        self._library: Any = adapted.model.init_continuous_batching(*settings)  # type: ignore[operator]
+        init: Any = adapted.model.init_continuous_batching
+        self._library: Any = init(_generation_config(adapted), _cache_config(adapted, batch_rows))
         self._library.start()
         self._thread = threading.Thread(target=self._deliver, name="continuous")
         self._thread.start()
@@ -103,11 +107,16 @@ class _Manager:
     def running(self) -> int:
         return min(len(self._requests), self._batch_rows)
 
-    def add(self, request: Request) -> None:
-        """Hand a request to the library; top-k 1 is its greedy choice among sampled neighbours."""
-        name, sampling = str(next(self._names)), request.sampling
+    def add(self, request: Request) -> bool:
+        """Hand a request to the library; False where its thread has ended, which nobody would answer."""
+        name = str(next(self._names))
+        with self._lock:
+            if self._ended:
+                return False
+            self._requests[name] = request
+        # All rows are sampled, as the library has one choice for all: of the likeliest one alone is greedy.
+        sampling = request.sampling
         greedy = sampling.temperature == 0
-        self._requests[name] = request
         self._library.add_request(
             list(request.prompt_ids),
             request_id=name,
@@ -117,6 +126,7 @@ class _Manager:
             top_k=1 if greedy else self._vocabulary,
             top_p=1.0 if greedy else sampling.top_p,
         )
+        return True
 
     def stop(self) -> None:
         """Answer what there is, then end both threads."""
@@ -124,46 +134,55 @@ class _Manager:
         self._thread.join()
 
     def _deliver(self) -> None:
+        """Hand tokens on until the library's thread has ended, and all that it had made is handed on."""
         while True:
-            alive = self._library.is_running()
+            alive = self._library.is_running()  # asked first: what it makes until it ends is still there
             output = self._library.get_result(timeout=_POLL_SECONDS)
             if output is not None:
-                self._hand_out(output)
+                self._hand_on(output)
             elif not alive:
                 break
-        for request in self._requests.values():  # only where the library's thread has failed
+        with self._lock:
+            self._ended = True
+            left = list(self._requests.values())
+            self._requests.clear()
+        for request in left:  # only where the library's thread has failed
             request.end("error")
 
-    def _hand_out(self, output: Any) -> None:
-        """New tokens of a request; what it has is all of them, each time."""
-        request = self._requests.get(output.request_id)
+    def _hand_on(self, output: Any) -> None:
+        """New tokens of a request; what the library hands out is all that it has, each time."""
+        name = output.request_id
+        request = self._requests.get(name)
         if request is None:
-            return
+            return  # it had enough, but tokens were under way
         tokens = output.generated_tokens
-        new = [token for token in tokens[request.wording.num_tokens :] if token != self._end_id]
+        new = [token for token in tokens[request.detokenizer.num_tokens :] if token != self._end_id]
         if any(request.take(token) for token in new):
-            self._library.cancel_request(output.request_id)
-            self._end(output.request_id, "stop")
+            self._library.cancel_request(name)
+            self._end(name, "stop")
         elif output.error is not None:
-            self._end(output.request_id, "error")
+            self._end(name, "error")
         elif output.is_finished():
-            self._end(output.request_id, "stop" if tokens[-1:] == [self._end_id] else "length")
+            self._end(name, "stop" if tokens[-1:] == [self._end_id] else "length")
 
     def _end(self, name: str, reason: End) -> None:
-        self._requests.pop(name).end(reason)
+        with self._lock:
+            request = self._requests.pop(name)
+        request.end(reason)
 
 
-def _settings(adapted: Adapted) -> GenerationConfig:
-    """A setting that differs from the library's default is one that each request may have its own of."""
+def _generation_config(adapted: Adapted) -> GenerationConfig:
+    """Each number only has to differ from the library's default: then each request may have its own."""
     ids = {"pad_token_id": adapted.chat.pad_id, "eos_token_id": adapted.chat.end_id}
     return GenerationConfig(do_sample=True, temperature=0.5, top_k=1, top_p=0.5, **ids)
 
 
-def _sizes(adapted: Adapted, batch_rows: int) -> ContinuousBatchingConfig:
+def _cache_config(adapted: Adapted, batch_rows: int) -> ContinuousBatchingConfig:
     longest = adapted.context_length
+    tokens = max(longest, min(_CACHE_TOKENS, batch_rows * longest))
     return ContinuousBatchingConfig(
         page_size=_PAGE,
-        num_blocks=-(-max(longest, min(_CACHE_TOKENS, batch_rows * longest)) // _PAGE),
+        num_blocks=-(-tokens // _PAGE),  # rounded up
         max_batch_tokens=max(256, batch_rows),
         max_requests_per_batch=batch_rows,
         per_request_processors=True,

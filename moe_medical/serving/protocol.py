@@ -18,10 +18,12 @@ from moe_medical.evaluation.generate import Sampling
 
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
+"""Penalties: clients send their default, 0, unasked; any other would change the answer."""
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"
 
 
 class _Strict(BaseModel):
+    # A key that is not known here may well be one that would change the answer.
     model_config = ConfigDict(extra="forbid")
 
 
@@ -43,11 +45,12 @@ class ChatMessage(_Strict):
 
     def plain(self) -> Message:
         """As the model's chat template takes it."""
-        parts = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        # `developer` is OpenAI's later name of the system role, which no template of an open model knows.
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class Wanted(_Strict):
+class GenerationRequest(_Strict):
     """What both kinds of request have in common."""
 
     model: str
@@ -74,10 +77,12 @@ class Wanted(_Strict):
 
     @property
     def sampling(self) -> Sampling:
+        """Greedy where no temperature is given."""
         return Sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed)
 
     @property
     def stops(self) -> list[str]:
+        """Strings before the first of which the answer ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
@@ -87,10 +92,11 @@ class Wanted(_Strict):
 
     @property
     def with_usage(self) -> bool:
+        """Whether a stream tells at its end how many tokens there were."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(Wanted):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -98,11 +104,11 @@ class ChatRequest(Wanted):
 
     @property
     def most_tokens(self) -> int | None:
-        """New tokens that the client allows."""
+        """New tokens that the client allows; `max_tokens` is the older name."""
         return self.max_completion_tokens or self.max_tokens
 
 
-class TextRequest(Wanted):
+class TextRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: str = Field(min_length=1)
@@ -120,21 +126,28 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
 
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
-            kind = "rate_limit_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+            kind = "rate_limit_error"  # after which OpenAI's clients wait and try again
+        else:
+            kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def bad_input(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """All that is wrong with a body, without what was in it."""
-    places = [".".join(str(p) for p in e["loc"][1:] if e["type"] != "json_invalid") or "body" for e in errors]
-    message = "; ".join(f"{at}: {error['msg']}" for at, error in zip(places, errors, strict=True))
+    places = []
+    for error in errors:
+        # `loc` begins with "body"; of broken JSON it goes on with a position in it.
+        parts = error["loc"][1:] if error["type"] != "json_invalid" else ()
+        places.append(".".join(map(str, parts)) or "body")
+    message = "; ".join(f"{place}: {error['msg']}" for place, error in zip(places, errors, strict=True))
     return ApiError(400, message, "invalid_value", places[0])
 
 
@@ -147,20 +160,27 @@ class Reply:
     """
 
     def __init__(self, kind: Literal["chat", "text"], model: str) -> None:
-        self._chat, self._model, self._created = kind == "chat", model, int(time.time())
-        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._is_chat = kind == "chat"
+        self._model = model
+        self._created = int(time.time())
+        self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
 
     def whole(self, text: str, reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._object(kind, [self._choice(said, reason)], usage=usage)
+        if self._is_chat:
+            choice = self._choice({"message": {"role": "assistant", "content": text}}, reason)
+            return self._object("chat.completion", [choice], usage=usage)
+        return self._object("text_completion", [self._choice({"text": text}, reason)], usage=usage)
 
     def piece(self, text: str = "", reason: str | None = None, first: bool = False) -> dict[str, Any]:
         """The next of a stream: a piece of text, or the end."""
-        delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        said = {"delta": delta} if self._chat else {"text": text}
-        return self._object(self._stream_kind, [self._choice(said, reason)])
+        if self._is_chat:
+            # The role comes once, with the first piece, even where the answer is empty.
+            delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+            choice = self._choice({"delta": delta}, reason)
+        else:
+            choice = self._choice({"text": text}, reason)
+        return self._object(self._stream_kind, [choice])
 
     def usage(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """The last of a stream, where it was asked for."""
@@ -168,10 +188,10 @@ class Reply:
 
     @property
     def _stream_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else "text_completion"
+        return "chat.completion.chunk" if self._is_chat else "text_completion"
 
-    def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
     def _object(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
         head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Literal
 
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.serving.adapted import load_shared_base
-from moe_medical.serving.batching import Batching, Together
+from moe_medical.serving.batching import Batching, StaticBatching
+from moe_medical.serving.continuous import ContinuousBatching
 
 _LOG = logging.getLogger(__name__)
 _HERE = ("127.0.0.1", "::1", "localhost")
@@ -51,36 +53,36 @@ def serve_adapters(adapters: Sequence[str], settings: ServeSettings, allow_chang
     Raises:
         ConfigError: an adapter that cannot be used, two of one name, a port in use, or a missing key.
     """
-    _require_library()
-    _check_changes(settings.adapter_root, allow_changes)
-    import uvicorn
-
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError:
+        fix = "pip install 'moe-medical[serve]'"
+        raise ConfigError("serve", [Problem("serve", "needs fastapi and uvicorn", fix=fix)]) from None
     from moe_medical.serving.app import create_app
     from moe_medical.serving.service import Service
 
-    folders, key, listener = _folders(adapters), _api_key(settings.api_key_env), _listen(settings)
-    with listener:
+    _check_changes(settings.adapter_root, allow_changes)
+    folders = _named_folders(adapters)
+    key = _api_key(settings.api_key_env)
+    # The port is taken before the slow loading, and whatever is wrong is told before it.
+    with _listen(settings) as listener:
         base = load_shared_base(next(iter(folders.values())), settings.base, settings.quantization)
-        batching = _batching(settings)
+        kind = StaticBatching if settings.batching == "together" else ContinuousBatching
+        batching: Batching = kind(settings.batch_rows, settings.queue)
         try:
             service = Service(base, folders, batching, settings.max_tokens, settings.adapter_root)
             # uvicorn sends itself SIGTERM again when it has drained; the end is then no failure.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            _announce(listener, settings, service.models())
+            if settings.host not in _HERE and key is None:
+                _LOG.warning("anyone who reaches %s may use this server: it asks for no key", settings.host)
+            port = listener.getsockname()[1]
+            _LOG.info("serving %s on http://%s:%d", ", ".join(service.models()), settings.host, port)
             app = create_app(service, key)
             config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             batching.close()
-
-
-def _require_library() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        fix = "pip install 'moe-medical[serve]'"
-        raise ConfigError("serve", [Problem("serve", "needs fastapi and uvicorn", fix=fix)]) from None
 
 
 def _check_changes(root: Path | None, allowed: bool) -> None:
@@ -92,18 +94,23 @@ def _check_changes(root: Path | None, allowed: bool) -> None:
         raise ConfigError("serve", [Problem("--adapter-root", "needs --allow-adapter-changes")])
 
 
-def _folders(adapters: Sequence[str]) -> dict[str, Path]:
-    from moe_medical.serving.service import named_adapter
+def _named_folders(adapters: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER`, or `FOLDER`, whose own name is then the adapter's."""
+    from moe_medical.serving.protocol import NAME_PATTERN  # with pydantic, which only servers need
 
-    named = [named_adapter(text) for text in adapters]
-    folders = dict(named)
-    if len(folders) < len(named):
-        twice = next(name for i, (name, _) in enumerate(named) if name in dict(named[:i]))
-        raise ConfigError("serve", [Problem("NAME", "must differ for each adapter", twice)])
+    folders: dict[str, Path] = {}
+    for text in adapters:
+        found = re.fullmatch(f"({NAME_PATTERN})=(.+)", text)
+        folder = Path(found[2] if found else text)
+        name = found[1] if found else folder.resolve().name
+        if name in folders:
+            raise ConfigError("serve", [Problem("NAME", "must differ for each adapter", name)])
+        folders[name] = folder
     return folders
 
 
 def _api_key(variable: str | None) -> str | None:
+    """From the environment, for a command line can be read by every user of the machine."""
     if variable is None:
         return None
     if not os.environ.get(variable):
@@ -112,25 +119,9 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
-    """The port, taken before the slow loading."""
     try:
         return socket.create_server((settings.host, settings.port))
     except (OSError, OverflowError) as e:
-        reason = f"must be free and this machine's ({getattr(e, 'strerror', None) or e})"
-        where = f"{settings.host}:{settings.port}"
-        raise ConfigError("serve", [Problem("--host, --port", reason, where)]) from None
-
-
-def _batching(settings: ServeSettings) -> Batching:
-    if settings.batching == "together":
-        return Together(settings.batch_rows, settings.queue)
-    from moe_medical.serving.continuous import Continuous
-
-    return Continuous(settings.batch_rows, settings.queue)
-
-
-def _announce(listener: socket.socket, settings: ServeSettings, models: Sequence[str]) -> None:
-    if settings.host not in _HERE and settings.api_key_env is None:
-        _LOG.warning("anyone who reaches %s may use this server: it asks for no key", settings.host)
-    port = listener.getsockname()[1]
-    _LOG.info("serving %s on http://%s:%d", ", ".join(models), settings.host, port)
+        rule = f"must be free and this machine's ({getattr(e, 'strerror', None) or e})"
+        address = f"{settings.host}:{settings.port}"
+        raise ConfigError("serve", [Problem("--host, --port", rule, address)]) from None

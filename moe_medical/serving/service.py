@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_medical.errors import ConfigError, MoeMedicalError
 from moe_medical.serving.adapted import Adapted, SharedBase
 from moe_medical.serving.batching import Batching, End, QueueFull, Request
-from moe_medical.serving.continuous import Continuous, check_continuous
-from moe_medical.serving.protocol import NAME_PATTERN, ApiError, ChatRequest, TextRequest, Wanted
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Detokenizer
+from moe_medical.serving.protocol import ApiError, ChatRequest, GenerationRequest, TextRequest
 
 
 class Service:
@@ -39,62 +38,82 @@ class Service:
         max_tokens: int,
         adapter_root: Path | None = None,
     ) -> None:
-        self._base, self._batching, self._max_tokens = base, batching, max_tokens
+        self._base = base
+        self._batching = batching
+        self._max_tokens = max_tokens
         self._root = None if adapter_root is None else adapter_root.resolve()
-        self._adapters: dict[str, Adapted] = {}
-        self._lock = threading.Lock()
-        for name, folder in adapters.items():
-            self._adapters[name] = self._load(name, folder)
+        self._lock = threading.Lock()  # endpoints that change adapters run on threads of their own
+        self._adapters = {name: self._load(name, folder) for name, folder in adapters.items()}
 
     def health(self) -> dict[str, Any]:
         """Whether and how busily it answers."""
-        waiting, running = self._batching.load()
-        return {"status": "ok", "waiting": waiting, "running": running}
+        load = self._batching.load()
+        return {"status": "ok", "waiting": load.waiting, "running": load.running}
 
     def models(self) -> list[str]:
         """Adapters, and each task of those that know tasks."""
         found = []
-        for name, adapted in list(self._adapters.items()):
+        for name, adapted in list(self._adapters.items()):  # a copy: adapters come and go
             tasks = adapted.tasks if adapted.config.knows_tasks else ()
             found += [name, *(f"{name}/{task}" for task in tasks)]
         return found
 
     def add_adapter(self, name: str, path: str) -> None:
         """Load an adapter; one of that name is replaced, and finishes what it has begun."""
-        folder = (self._changeable() / path).resolve()
-        if not folder.is_relative_to(self._changeable()):
+        root = self._changeable_root()
+        # Resolved first: neither `..` nor a link may lead out of the root.
+        folder = (root / path).resolve()
+        if not folder.is_relative_to(root):
             raise ApiError(403, "path must be below the server's adapter root", "path_not_allowed", "path")
         try:
             adapted = self._load(name, folder)
         except MoeMedicalError as e:
             raise ApiError(400, f"the adapter cannot be used: {e}", "invalid_adapter", "path") from None
         with self._lock:
-            old, self._adapters[name] = self._adapters.get(name), adapted
+            old = self._adapters.get(name)
+            self._adapters[name] = adapted
         if old is not None:
             self._batching.forget(old)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away; it finishes what it has begun."""
-        self._changeable()
+        self._changeable_root()
         with self._lock:
             old = self._adapters.pop(name, None)
         if old is None:
             raise _unknown_model(name)
         self._batching.forget(old)
 
-    def begin(self, wanted: Wanted) -> Answer:
-        """Put a request into the queue."""
-        name, _, task = wanted.model.partition("/")
+    def begin(self, asked: GenerationRequest) -> Answer:
+        """Put a request into the queue.
+
+        Raises:
+            ApiError: It is refused; nothing of it is in the queue.
+        """
+        name, _, task = asked.model.partition("/")
         adapted = self._adapters.get(name)
         if adapted is None:
-            raise _unknown_model(wanted.model)
+            raise _unknown_model(asked.model)
         try:
-            tasks = adapted.task_numbers(wanted.task or task or None, "task")
-            ids = _prompt_ids(adapted, wanted)
+            tasks = adapted.task_numbers(asked.task or task or None, "task")
+            if isinstance(asked, ChatRequest):
+                ids = adapted.chat_ids([message.plain() for message in asked.messages])
+            else:
+                assert isinstance(asked, TextRequest), f"a {type(asked).__name__} has no prompt"
+                ids = adapted.chat.encode_text(asked.prompt)
         except ConfigError as e:
+            # Without the actual value, which is the client's own text.
             problem = e.problems[0]
             raise ApiError(400, f"{problem.path} {problem.rule}", "invalid_value", problem.path) from None
-        return Answer(adapted, ids, tasks, self._room(adapted, ids, wanted), wanted, self._batching)
+        room = adapted.context_length - len(ids)
+        most = asked.most_tokens
+        if room < (most or 1):
+            rule = f"prompt ({len(ids)} tokens) and max_tokens ({most or 1}) must fit into"
+            message = f"{rule} {adapted.context_length} tokens"
+            raise ApiError(400, message, "context_length_exceeded", "max_tokens")
+        answer = Answer(adapted, ids, tasks, most or min(room, self._max_tokens), asked)
+        answer.submit(self._batching)
+        return answer
 
     def close(self) -> None:
         """Answer what waits, then stop."""
@@ -102,24 +121,20 @@ class Service:
 
     def _load(self, name: str, folder: Path) -> Adapted:
         adapted = self._base.adapt(folder)
-        if isinstance(self._batching, Continuous):
-            check_continuous(name, adapted)
+        self._batching.check(name, adapted)
         return adapted
 
-    def _changeable(self) -> Path:
+    def _changeable_root(self) -> Path:
         if self._root is None:
             raise ApiError(403, "adapters may not be changed on this server", "changes_not_allowed")
         return self._root
 
-    def _room(self, adapted: Adapted, ids: list[int], wanted: Wanted) -> int:
-        """New tokens that the request may have."""
-        room = adapted.context_length - len(ids)
-        most = wanted.most_tokens
-        if room < (most or 1):
-            rule = f"prompt ({len(ids)} tokens) and max_tokens ({most or 1}) must fit into"
-            message = f"{rule} {adapted.context_length} tokens"
-            raise ApiError(400, message, "context_length_exceeded", "max_tokens")
-        return most or min(room, self._max_tokens)
+
+@dataclass(frozen=True)
+class _Ended:
+    """The last event of an answer, after its pieces of text."""
+
+    reason: End
 
 
 class Answer:
@@ -131,20 +146,31 @@ class Answer:
         ids: list[int],
         tasks: tuple[int, ...],
         max_new_tokens: int,
-        wanted: Wanted,
-        batching: Batching,
+        asked: GenerationRequest,
     ) -> None:
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[str | tuple[End]]()
-
-        def tell(event: str | tuple[End]) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
-
         self.reason: End = "error"
         self.num_prompt_tokens = len(ids)
-        self._wording = Wording(adapted.chat, tell, wanted.stops, strip=isinstance(wanted, ChatRequest))
+        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.Queue[str | _Ended]()
+        # A chat's turn begins and ends with text; what continues a text may well begin with a space.
+        strip = isinstance(asked, ChatRequest)
+        self._detokenizer = Detokenizer(adapted.chat, self._post, asked.stops, strip)
         self._request = Request(
-            adapted, ids, tasks, max_new_tokens, wanted.sampling, self._wording, lambda end: tell((end,))
+            adapted=adapted,
+            prompt_ids=ids,
+            tasks=tasks,
+            max_new_tokens=max_new_tokens,
+            sampling=asked.sampling,
+            detokenizer=self._detokenizer,
+            ended=lambda reason: self._post(_Ended(reason)),
         )
+
+    def submit(self, batching: Batching) -> None:
+        """Put it into the queue.
+
+        Raises:
+            ApiError: It is refused.
+        """
         try:
             batching.submit(self._request)
         except QueueFull:
@@ -152,12 +178,16 @@ class Answer:
         except ConfigError as e:
             raise ApiError(400, e.problems[0].rule, "unsupported", e.problems[0].path) from None
 
+    def _post(self, event: str | _Ended) -> None:
+        """From the thread that computes; asyncio's queues are no threads' business."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
     async def pieces(self) -> AsyncIterator[str]:
         """The text as it comes; `reason` tells afterwards how it ended. Cancels the request if left early."""
         try:
             while isinstance(event := await self._events.get(), str):
                 yield event
-            self.reason = event[0]
+            self.reason = event.reason
         finally:
             self.cancel()
 
@@ -171,27 +201,12 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        made = self._wording.num_tokens
-        total = self.num_prompt_tokens + made
+        made = self._detokenizer.num_tokens
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": made,
-            "total_tokens": total,
+            "total_tokens": self.num_prompt_tokens + made,
         }
-
-
-def named_adapter(text: str) -> tuple[str, Path]:
-    """`NAME=FOLDER` or `FOLDER`, whose own name is then the adapter's."""
-    found = re.fullmatch(f"({NAME_PATTERN})=(.+)", text)
-    name, folder = found.groups() if found else (Path(text).resolve().name, text)
-    return name, Path(folder)
-
-
-def _prompt_ids(adapted: Adapted, wanted: Wanted) -> list[int]:
-    if isinstance(wanted, ChatRequest):
-        return adapted.chat_ids([message.plain() for message in wanted.messages])
-    assert isinstance(wanted, TextRequest)
-    return adapted.chat.encode_text(wanted.prompt)
 
 
 def _unknown_model(name: str) -> ApiError:

@@ -30,11 +30,11 @@ from moe_medical.config import RunConfig, load_config, resolve_adapters, save_co
 from moe_medical.config.schema import AdaptersSection, GuardSection, LossSection, MixSection, TaskOverride
 from moe_medical.console import show, show_table
 from moe_medical.errors import ConfigError, DataError, MoeMedicalError, Problem, StorageError
+from moe_medical.planning.plan import RunPlan, make_plan
+from moe_medical.planning.preflight import preflight
 from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.training.identity import compared_settings
-from moe_medical.training.plan import RunPlan, make_plan
-from moe_medical.training.preflight import preflight
 from moe_medical.training.supervisor import run_ranks
 
 _LOG = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from moe_medical.adapters.routing import RoutingContext, Sequences
+from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
 from moe_medical.data.batches import Batch
 
 
@@ -12,7 +12,7 @@ def bind_batch(
     context: RoutingContext, batch: Batch, pass_name: str = "train"
 ) -> AbstractContextManager[RoutingContext]:
     """Bind a micro-batch; must span forward and backward. See `RoutingContext.bind`."""
-    return context.bind(batch.token_mask_BS, batch.task_ids_BS, pass_name, sequences_of(batch))
+    return context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS, sequences_of(batch)), pass_name)
 
 
 def sequences_of(batch: Batch) -> Sequences:

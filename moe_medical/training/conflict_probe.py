@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import RunConfig
 from moe_medical.config.validate_loss import task_gradient_problems
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine
 from moe_medical.tracking.conflict import Conflict

@@ -15,7 +15,7 @@ import numpy as np
 from moe_medical.config.schema import GuardSection
 from moe_medical.distributed.topology import Topology
 from moe_medical.tracking.seesaw import SeesawStep
-from moe_medical.training.feed import Feed
+from moe_medical.training.data_module import Feed
 from moe_medical.training.guard import Decision, TaskGuard
 
 _LOG = logging.getLogger(__name__)

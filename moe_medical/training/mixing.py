@@ -17,12 +17,12 @@ import numpy as np
 
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import RunConfig
-from moe_medical.data.dynamic import DynamicMix, Progress, dynamic_mix
+from moe_medical.data.dynamic_mixing import DynamicMix, Progress, dynamic_mix
 from moe_medical.data.tasks import mix_sizes
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
-from moe_medical.training.feed import Feed
+from moe_medical.training.data_module import Feed
 from moe_medical.training.guard import Decision
 from moe_medical.training.task_gradients import Sketch, probe_batches, probe_gram
 

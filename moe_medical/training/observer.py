@@ -27,7 +27,7 @@ from moe_medical.tracking.routing_stats import RoutingStats, RoutingWatch
 from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
 from moe_medical.tracking.sinks import Sinks
 from moe_medical.training.conflict_probe import ConflictProbe
-from moe_medical.training.feed import Feed
+from moe_medical.training.data_module import Feed
 from moe_medical.training.guard import Decision
 from moe_medical.training.routing_counts import RoutingCounts
 from moe_medical.training.run_folder import RunFolder, write_json

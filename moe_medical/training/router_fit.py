@@ -36,12 +36,12 @@ from moe_medical.base_model.load import load_base
 from moe_medical.config import MoloraConfig, RunConfig, load_config, resolve_adapters
 from moe_medical.console import progress_line, show, show_table
 from moe_medical.data.batches import Batch, collate
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import start_alone
 from moe_medical.errors import ConfigError, Problem
-from moe_medical.evaluation.objective import run_model
-from moe_medical.training.preflight import check_context
+from moe_medical.evaluation.loss import run_model
+from moe_medical.planning.preflight import check_context
 from moe_medical.training.router_labels import label_tasks
 
 TOKENS_OF_A_ROW = 16

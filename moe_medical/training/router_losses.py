@@ -23,7 +23,7 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.objective import run_model
+from moe_medical.evaluation.loss import run_model
 from moe_medical.training.binding import bind_batch
 
 
@@ -79,15 +79,15 @@ class RouterLosses:
     @torch.no_grad()
     def enter(self) -> None:
         """Between forward and backward of a micro-batch, inside its `bind`. Collective."""
-        if not self.active or not self._context.routings:
+        if not self.active or not self._context.record.routings:
             return
         if self._ahead is None:
             self._seen.append(
                 self._over_ranks(self._sums()) if self._weights.needs_statistics else self._sums()
             )
-        self._context.router_gradients = router_gradients(
+        self._context.record.gradients = router_gradients(
             self._ahead or self._seen[-1],
-            self._context.routings,
+            self._context.record.routings,
             self._weights,
             self._engine.gradient_scale / self._tokens,
             self._classes_T,
@@ -115,13 +115,13 @@ class RouterLosses:
             for batch in batches:
                 with bind_batch(self._context, batch, "count"):
                     run_model(self._engine.module, batch, batch.target_columns_C[:1])
-                    if self._context.routings:
+                    if self._context.record.routings:
                         counted.append(self._sums())
         return self._over_ranks(_added(counted)) if counted else None
 
     def _sums(self) -> RoutingSums:
         """Of the bound micro-batch."""
-        routings, mask_T = self._context.routings.values(), self._context.token_mask_T
+        routings, mask_T = self._context.record.routings.values(), self._context.inputs.token_mask_T
         return routing_sums(routings, mask_T, self._classes_T, self._weights.classes)
 
     def _over_ranks(self, sums: RoutingSums) -> RoutingSums:
@@ -132,9 +132,9 @@ class RouterLosses:
         """Class of each token of the bound micro-batch; None where there is one only."""
         if self._class_of_J is None:
             return None
-        if self._context.task_ids_BS is None:
+        if self._context.inputs.task_ids_BS is None:
             raise RuntimeError("the localized loss needs the task of each token: bind them")
-        return self._class_of_J[self._context.task_ids_BS.reshape(-1)]
+        return self._class_of_J[self._context.inputs.task_ids_BS.reshape(-1)]
 
 
 def _added(sums: Sequence[RoutingSums]) -> RoutingSums:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_medical.data.batches import IGNORE, Batch
-from moe_medical.evaluation.objective import TokenLosses
+from moe_medical.evaluation.loss import TokenLosses
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,14 @@ class RoutingCounts:
         Raises:
             RuntimeError: no batch with task ids is bound, or `begin` was not called.
         """
-        context, task_ids_BS = self._context, self._context.task_ids_BS
+        task_ids_BS = self._context.inputs.task_ids_BS
         if task_ids_BS is None or self._mass is None:
             raise RuntimeError("routings are counted between `begin` and `total`, while a batch is bound")
         _, tasks, experts = self._shape
-        real_N1 = context.token_mask_T.unsqueeze(1)
+        real_N1 = self._context.inputs.token_mask_T.unsqueeze(1)
         task_N1 = task_ids_BS.reshape(-1, 1)
         for number, name in enumerate(self.layers):
-            routing = context.routings.get(name)
+            routing = self._context.record.routings.get(name)
             if routing is not None:
                 places_NK = (number * tasks + task_N1) * experts + routing.expert_ids_TK
                 self._mass.index_add_(

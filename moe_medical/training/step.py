@@ -12,7 +12,7 @@ import torch
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.objective import TokenWeights, task_sums, token_losses
+from moe_medical.evaluation.loss import TokenWeights, task_sums, token_losses
 from moe_medical.training.binding import bind_batch
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.router_paths import ONE_PATH, RouterPaths

@@ -17,7 +17,7 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.schema import LossSection
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.objective import TokenWeights, task_sums, token_losses
+from moe_medical.evaluation.loss import TokenWeights, task_sums, token_losses
 from moe_medical.training.binding import bind_batch
 from moe_medical.training.step import StepCounts, seed_step
 from moe_medical.training.surgery import surgery_weights

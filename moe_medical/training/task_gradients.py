@@ -23,11 +23,11 @@ from torch import Tensor
 
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.data.batches import Batch, collate
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
-from moe_medical.evaluation.objective import TokenLosses, token_losses
+from moe_medical.evaluation.loss import TokenLosses, token_losses
 from moe_medical.training.binding import bind_batch
 
 Weigh = Callable[[TokenLosses], Tensor]

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_medical.adapters.folder import save_adapter
 from moe_medical.adapters.model import frozen_parameters
-from moe_medical.adapters.starting import with_labels
+from moe_medical.adapters.warm_start import with_labels
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
 from moe_medical.config.schema import Exchange
@@ -29,22 +29,22 @@ from moe_medical.distributed.state import gather_parameters, gather_state, load_
 from moe_medical.distributed.topology import Topology, peak_memory_gib
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
 from moe_medical.evaluation.evaluate import Evaluation
+from moe_medical.planning.layout_plan import SizedLinear, exchange_chooser
+from moe_medical.planning.preflight import check_context
+from moe_medical.planning.sample_sizes import mixture_sizes, task_sizes
 from moe_medical.tracking.meters import SpeedMeter, TaskMeter
 from moe_medical.tracking.sinks import Sinks, open_sinks
-from moe_medical.training.assembly import assemble
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
-from moe_medical.training.feed import Feed, agreed_batching
+from moe_medical.training.data_module import Feed, agreed_batching
 from moe_medical.training.guarding import Guarding
 from moe_medical.training.identity import identify
-from moe_medical.training.layout_plan import SizedLinear, exchange_chooser
 from moe_medical.training.mixing import Mixing
 from moe_medical.training.observer import Observer
-from moe_medical.training.preflight import check_context
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.router_paths import RouterPaths
 from moe_medical.training.run_folder import RunFolder
-from moe_medical.training.sample_sizes import mixture_sizes, task_sizes
 from moe_medical.training.schedule import learning_rate
+from moe_medical.training.setup import assemble
 from moe_medical.training.step import accumulate, count_step, seed_step
 from moe_medical.training.step_loss import StepLoss
 from moe_medical.training.stopping import StopFlag

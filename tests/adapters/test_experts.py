@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from moe_medical.adapters.experts import Dropout, add_chosen, add_low_rank
+from moe_medical.adapters.dropout import Dropout
+from moe_medical.adapters.experts import LoraFactors, apply_lora, apply_topk
 
 D, F, E, RANK, T, K = 6, 10, 4, 3, 5, 2
 SHAPES = {
@@ -51,12 +52,14 @@ def dense(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_equals_a_loop_over_experts_and_its_gradient_is_right(kind: str):
     y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind(kind)
-    torch.testing.assert_close(add_low_rank(y, x, A, B, 2.0, 0.0, gate), y + 2 * by_expert(x, A, B, gate))
+    torch.testing.assert_close(
+        apply_lora(y, x, LoraFactors(A, B, 2.0), gate), y + 2 * by_expert(x, A, B, gate)
+    )
 
     def of(*inputs: Tensor) -> Tensor:
         torch.manual_seed(1)
         y, x, A, B, *gate = inputs
-        return add_low_rank(y, x, A, B, 2.0, 0.3, *gate)
+        return apply_lora(y, x, LoraFactors(A, B, 2.0, 0.3), *gate)
 
     assert torch.autograd.gradcheck(of, tuple(t for t in (y, x, A, B, gate) if t is not None))
 
@@ -64,12 +67,13 @@ def test_equals_a_loop_over_experts_and_its_gradient_is_right(kind: str):
 @pytest.mark.parametrize("kind", ["gated", "shared_a"])
 def test_chosen_experts_equal_the_dense_gate(kind: str):
     y, x, (A, B, _), (ids, weights) = draw(T, F), draw(T, D), of_kind(kind), routing()
-    expected = add_low_rank(y, x, A, B, 2.0, 0.0, dense(ids, weights))
-    assert torch.equal(add_chosen(y, x, A, B, 2.0, 0.0, ids, weights), expected)
+    expected = apply_lora(y, x, LoraFactors(A, B, 2.0), dense(ids, weights))
+    assert torch.equal(apply_topk(y, x, LoraFactors(A, B, 2.0), ids, weights), expected)
 
     def of(*inputs: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return add_chosen(*inputs[:4], 2.0, 0.3, ids, inputs[4])
+        y, x, A, B, weights = inputs
+        return apply_topk(y, x, LoraFactors(A, B, 2.0, 0.3), ids, weights)
 
     assert torch.autograd.gradcheck(of, (y, x, A, B, weights))
 
@@ -95,7 +99,7 @@ def test_gradient_through_an_overwritten_base_output(dropout: float, alias: bool
         torch.manual_seed(1)
         y = Alias.apply(x @ weight.t(), False) if alias else x @ weight.t()
         memory = y.data_ptr()
-        y = add_low_rank(y, x, A, B, 2.0, dropout, gate, overwrite=True)
+        y = apply_lora(y, x, LoraFactors(A, B, 2.0, dropout), gate, overwrite=True)
         assert y.data_ptr() == memory
         return y * y
 
@@ -123,7 +127,7 @@ def test_outputs_that_autograd_guards_stay_as_they_are(case: str):
     x, (A, B, gate), base = draw(1, T, D), of_kind("gated"), outputs_that_must_stay()[case]
     y = base(x)
     before = y.detach().clone()
-    result = add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True)
+    result = apply_lora(y, x, LoraFactors(A, B, 2.0), gate, overwrite=True)
     assert torch.equal(y, before)
     torch.testing.assert_close(result, (before + 2 * by_expert(x[0], A, B, gate)).view(1, T, F))
     ours = torch.autograd.grad(result.square().sum(), (x, A, B, gate), retain_graph=True)
@@ -136,9 +140,9 @@ def test_nothing_is_overwritten_unasked_and_a_saved_output_is_noticed():
     x, (A, B, gate) = draw(T, D), of_kind("gated")
     y = x @ draw(D, F)
     before = y.detach().clone()
-    add_low_rank(y, x, A, B, 2.0, 0.0, gate)
+    apply_lora(y, x, LoraFactors(A, B, 2.0), gate)
     assert torch.equal(y, before)
-    result = add_low_rank(y.sigmoid(), x, A, B, 2.0, 0.0, gate, overwrite=True)
+    result = apply_lora(y.sigmoid(), x, LoraFactors(A, B, 2.0), gate, overwrite=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
 
@@ -148,7 +152,7 @@ def test_without_gradients_any_owned_output_is_overwritten():
     with torch.no_grad():
         y = base(x)
         expected = y + 2 * by_expert(x[0], A, B, gate)
-        assert add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True) is y
+        assert apply_lora(y, x, LoraFactors(A, B, 2.0), gate, overwrite=True) is y
     torch.testing.assert_close(y, expected)
 
 
@@ -158,7 +162,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool):
 
     def block(x: Tensor) -> Tensor:
         y = x @ weight.t()
-        return add_chosen(y, x, A, B, 2.0, 0.5, ids, weights, overwrite=True).tanh()
+        return apply_topk(y, x, LoraFactors(A, B, 2.0, 0.5), ids, weights, overwrite=True).tanh()
 
     def gradients(through: Any) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
@@ -175,16 +179,20 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool):
 
 def test_compiled_numbers_are_the_same_and_dropout_acts():
     y, x, (A, B, _) = draw(T, F), draw(T, D), of_kind("plain")
-    compiled = torch.compile(add_low_rank, backend="aot_eager", fullgraph=True)
 
-    def gradients(add: Any, dropout: float) -> tuple[Tensor, ...]:
-        result = add(y * 1, x, A, B, 2.0, dropout, overwrite=True)
+    def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float, overwrite: bool = False) -> Tensor:
+        return apply_lora(y, x, LoraFactors(A, B, 2.0, dropout), overwrite=overwrite)
+
+    compiled = torch.compile(add, backend="aot_eager", fullgraph=True)
+
+    def gradients(through: Any, dropout: float) -> tuple[Tensor, ...]:
+        result = through(y * 1, x, A, B, dropout, overwrite=True)
         return (result, *torch.autograd.grad(result.square().sum(), (y, x, A, B)))
 
-    for got, expected in zip(gradients(compiled, 0.0), gradients(add_low_rank, 0.0), strict=True):
+    for got, expected in zip(gradients(compiled, 0.0), gradients(add, 0.0), strict=True):
         torch.testing.assert_close(got, expected)
     result, *_, grad_B = gradients(compiled, 0.5)
-    assert not torch.allclose(result, add_low_rank(y, x, A, B, 2.0))
+    assert not torch.allclose(result, apply_lora(y, x, LoraFactors(A, B, 2.0)))
     delta = (result - y).detach()  # the same mask in both passes: B's gradient fits the units that were used
     torch.testing.assert_close((2 * result.detach() * delta).sum(), (grad_B * B).sum().detach())
 
@@ -194,7 +202,7 @@ def test_autocast_computes_in_the_dtype_of_the_output():
     A, B, gate = (t.detach().float().requires_grad_() for t in of_kind("gated"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = base(x)
-        result = add_low_rank(y, x, A, B, 2.0, 0.0, gate, overwrite=True)
+        result = apply_lora(y, x, LoraFactors(A, B, 2.0), gate, overwrite=True)
     assert result is y
     assert result.dtype == torch.bfloat16
     result.float().sum().backward()
@@ -230,7 +238,7 @@ def test_kept_for_backward_are_the_input_the_chosen_units_and_the_routing(kind: 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = add_chosen(y, x, A, B, 2.0, 0.3, ids, weights, overwrite=True)
+        result = apply_topk(y, x, LoraFactors(A, B, 2.0, 0.3), ids, weights, overwrite=True)
     assert result.requires_grad
     shared = {t.data_ptr() for t in (x, A, B, ids, weights)}
     assert shared <= kept.keys()
@@ -241,7 +249,7 @@ def test_kept_for_backward_are_the_input_the_chosen_units_and_the_routing(kind: 
 def test_frozen_experts_and_gates_get_no_gradient():
     y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
     frozen = [t.detach() for t in (A, B, gate)]
-    add_low_rank(y, x, *frozen[:2], 2.0, 0.0, frozen[2]).sum().backward()
+    apply_lora(y, x, LoraFactors(*frozen[:2], 2.0), frozen[2]).sum().backward()
     expected = torch.autograd.grad((2 * by_expert(x, A, B, gate)).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
     assert all(t.grad is None for t in frozen)
@@ -250,4 +258,4 @@ def test_frozen_experts_and_gates_get_no_gradient():
 def test_experts_of_a_shard_need_an_exchange():
     y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
     with pytest.raises(AssertionError, match="needs an exchange"):
-        add_low_rank(y, x, A[:2], B[:2], 2.0, 0.0, gate)
+        apply_lora(y, x, LoraFactors(A[:2], B[:2], 2.0), gate)

@@ -23,6 +23,7 @@ from moe_medical.adapters.model import (
     load_adapter_state,
     summarize_adapters,
 )
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config.presets import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 
@@ -134,15 +135,15 @@ def train_step(checkpointing: bool | None, coefficient: float = 0.0) -> tuple[di
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     ids, mask = tiny_ids(), torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     torch.manual_seed(5)  # dropout
-    with context.bind(mask):
+    with context.bind(BatchInputs(mask)):
         loss = model(ids, labels=ids).loss
         with torch.no_grad():
-            sums = routing_sums(context.routings.values(), context.token_mask_T)
+            sums = routing_sums(context.record.routings.values(), context.inputs.token_mask_T)
         weights, each = LossWeights(coefficient, coefficient), 1 / float(sums.num_tokens)
-        context.router_gradients = router_gradients(sums, context.routings, weights, each)
+        context.record.gradients = router_gradients(sums, context.record.routings, weights, each)
         loss.backward()
-        routings = {name: routing.expert_ids_TK.clone() for name, routing in context.routings.items()}
-    assert context.routings == {}
+        routings = {name: routing.expert_ids_TK.clone() for name, routing in context.record.routings.items()}
+    assert context.record.routings == {}
     return routings, {name: p.grad for name, p in adapter_parameters(model).items()}
 
 
@@ -181,9 +182,9 @@ def test_lora_preset_has_no_router():
     context = attach_adapters(model, PRESETS["lora"], seed=7)
     summary = summarize_adapters(model)
     assert (summary.num_molora, summary.num_lora, summary.num_router_parameters) == (0, 14, 0)
-    with context.bind(torch.ones(2, 7, dtype=torch.bool)):
+    with context.bind(BatchInputs(torch.ones(2, 7, dtype=torch.bool))):
         model(tiny_ids())
-        assert context.routings == {}
+        assert context.record.routings == {}
 
 
 def test_summary_counts_by_hand():

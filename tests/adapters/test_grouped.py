@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_medical.adapters.experts import add_chosen
-from moe_medical.adapters.grouped import add_grouped, add_routed, choose_path
+from moe_medical.adapters.experts import (
+    MEASURED,
+    ExpertPath,
+    ExpertShape,
+    LoraFactors,
+    apply_topk,
+    choose_path,
+)
 from moe_medical.errors import ConfigError
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "bincount", "is_nonzero", "equal.default")
@@ -36,12 +42,12 @@ class Case:
         self.ids = torch.rand(T, E - 1, generator=generator).topk(K).indices
         self.weights = draw(T, K)
 
-    def run(self, add: Any, dropout: float = 0.0) -> tuple[Tensor, ...]:
+    def run(self, path: str, dropout: float = 0.0) -> tuple[Tensor, ...]:
         """Output, then the gradients of y, x, A, B and the weights."""
         torch.manual_seed(7)
         leaves = [t.clone().requires_grad_() for t in (*self.given, self.weights)]
-        *inputs, weights = leaves
-        y = add(*inputs, 2.0, dropout, self.ids, weights)
+        y, x, A, B, weights = leaves
+        y = apply_topk(y, x, LoraFactors(A, B, 2.0, dropout), self.ids, weights, path=path)
         (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         return (y.detach(), *(leaf.grad for leaf in leaves))
 
@@ -57,19 +63,19 @@ def test_equals_the_concat_path(data: st.DataObject):
     )
     case = Case(tokens, sizes[0], sizes[1], experts, sizes[2], top_k)
     dropout = data.draw(st.sampled_from([0.0, 0.4]), label="dropout")
-    for got, expected in zip(case.run(add_grouped, dropout), case.run(add_chosen, dropout), strict=True):
+    for got, expected in zip(case.run("grouped", dropout), case.run("concat", dropout), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_base_with_float32_adapters():
     case = Case(40, 16, 24, 6, 8, 2, torch.bfloat16)
-    for got, expected in zip(case.run(add_grouped), case.run(add_chosen), strict=True):
+    for got, expected in zip(case.run("grouped"), case.run("concat"), strict=True):
         assert got.dtype == expected.dtype
         assert (got - expected).abs().max() <= 0.01 * expected.abs().max()
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():
-    *_, grad_A, grad_B, _ = Case(20, 8, 12, 5, 4, 2).run(add_grouped)
+    *_, grad_A, grad_B, _ = Case(20, 8, 12, 5, 4, 2).run("grouped")
     for grad in (grad_A, grad_B):
         assert torch.equal(grad[-1], torch.zeros_like(grad[-1]))
         assert (grad[:-1] != 0).any(dim=(1, 2)).all()
@@ -85,12 +91,12 @@ class Operations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("add", [add_grouped, add_chosen])
-def test_nothing_waits_for_the_host(add: Any):
+@pytest.mark.parametrize("path", ["grouped", "concat"])
+def test_nothing_waits_for_the_host(path: str):
     case = Case(20, 8, 12, 5, 4, 2)
     with Operations() as seen:
-        case.run(add, 0.2)
-    assert any("_grouped_mm" in name for name in seen.names) == (add is add_grouped)
+        case.run(path, 0.2)
+    assert any("_grouped_mm" in name for name in seen.names) == (path == "grouped")
     assert not [name for name in seen.names if any(wait in name for wait in WAITS)]
 
 
@@ -104,12 +110,13 @@ def test_added_into_the_base_output_where_asked():
     case = Case(20, 8, 12, 5, 4, 2)
     y, x, A, B = (t.requires_grad_() for t in case.given)
     base = y * 1
-    result = add_grouped(base, x, A, B, 2.0, 0.0, case.ids, case.weights, overwrite=True)
+    factors, chosen = LoraFactors(A, B, 2.0), (case.ids, case.weights)
+    result = apply_topk(base, x, factors, *chosen, path="grouped", overwrite=True)
     assert result is base
-    torch.testing.assert_close(result, add_chosen(y, x, A, B, 2.0, 0.0, case.ids, case.weights))
+    torch.testing.assert_close(result, apply_topk(y, x, factors, *chosen))
     result.sum().backward()
     assert torch.equal(y.grad, torch.ones_like(y))
-    kept = add_grouped(y, x, A, B, 2.0, 0.0, case.ids, case.weights, overwrite=True)  # a leaf
+    kept = apply_topk(y, x, factors, *chosen, path="grouped", overwrite=True)  # a leaf
     assert kept is not y
 
 
@@ -123,7 +130,8 @@ def test_kept_for_backward_are_no_sorted_inputs_or_outputs():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = add_grouped(y * 1, x, A, B, 2.0, 0.1, case.ids, case.weights)
+        factors = LoraFactors(A, B, 2.0, 0.1)
+        result = apply_topk(y * 1, x, factors, case.ids, case.weights, path="grouped")
     assert result.requires_grad
     shared = {t.data_ptr() for t in (x, A, B, case.weights)}
     assert shared <= kept.keys()
@@ -132,9 +140,9 @@ def test_kept_for_backward_are_no_sorted_inputs_or_outputs():
     assert extra == copies * rank * 4 + 2 * copies * 8 + experts * 4
 
 
-def chosen(path: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> str:
+def chosen(path: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any) -> str:
     of = {"num_experts": 8, "rank": 8, "top_k": 2, "in_features": 768, "out_features": 2048, **sizes}
-    return choose_path(path, *of.values(), device, dtype)
+    return choose_path(path, ExpertShape(**of), device, dtype)
 
 
 def test_auto_takes_what_is_faster_and_fits(monkeypatch: pytest.MonkeyPatch):
@@ -145,7 +153,7 @@ def test_auto_takes_what_is_faster_and_fits(monkeypatch: pytest.MonkeyPatch):
     assert chosen(num_experts=64, rank=16, top_k=64) == "concat"  # every expert is used
     assert chosen(num_experts=64, rank=18) == "concat"  # strides are no multiples of 16 bytes
     assert chosen(num_experts=64, rank=4, dtype=torch.bfloat16, in_features=64, out_features=64) == "concat"
-    assert choose_path("auto", 64, 16, 2, 768, 2048, "cpu", torch.float32, shared_a=True) == "concat"
+    assert chosen(num_experts=64, rank=16, shared_a=True) == "concat"
 
 
 @pytest.mark.parametrize(
@@ -167,21 +175,50 @@ def test_a_path_that_does_not_fit_is_refused(
 
 def test_experts_that_share_a_go_the_concat_path_alone():
     with pytest.raises(ConfigError, match="must be `concat` or `auto` where experts share A"):
-        choose_path("grouped", 8, 8, 2, 64, 64, "cpu", torch.float32, shared_a=True)
+        chosen("grouped", in_features=64, out_features=64, shared_a=True)
 
 
-@pytest.mark.parametrize("path", ["auto", "concat", "grouped"])
-def test_a_layer_gets_the_same_numbers_by_any_path(path: str):
+def test_grouped_is_taken_nowhere_where_it_was_measured_to_be_slower():
+    for in_features, out_features, tokens, top_k, times in MEASURED:
+        for (num_experts, rank), faster in times.items():
+            sizes = {"num_experts": num_experts, "rank": rank, "top_k": top_k}
+            path = chosen(in_features=in_features, out_features=out_features, **sizes)
+            assert path == "concat" or faster > 1, (in_features, out_features, tokens, top_k, sizes)
+            assert path == "grouped" or faster < 1.5, (in_features, out_features, tokens, top_k, sizes)
+
+
+def of_layer(wanted: str, case: Case) -> str:
+    experts, features, rank = case.given[3].shape
+    shape = ExpertShape(experts, rank, case.ids.shape[1], case.given[1].shape[-1], features)
+    return ExpertPath(wanted, shape).on("cpu", case.given[0].dtype)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "concat", "grouped"])
+def test_a_layer_gets_the_same_numbers_by_any_path(wanted: str):
     case = Case(12, 16, 16, 6, 8, 2)
-    routed = case.run(lambda *args: add_routed(path, *args))
-    for got, expected in zip(routed, case.run(add_chosen), strict=True):
+    for got, expected in zip(case.run(of_layer(wanted, case)), case.run("concat"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_paths_of_a_layer_follow_its_tensors():
-    def operations(path: str, case: Case) -> set[str]:
+def test_the_path_of_a_layer_is_chosen_once_for_a_device_and_a_dtype(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def choose(*args: Any) -> str:
+        asked.append(args)
+        return choose_path(*args)
+
+    monkeypatch.setattr("moe_medical.adapters.experts.choose_path", choose)
+    path = ExpertPath("auto", ExpertShape(8, 4, 2, 20, 20))
+    wide = [path.on("cpu", torch.float32) for _ in range(3)]
+    narrow = [path.on("cpu", torch.bfloat16) for _ in range(3)]  # 4 * 2 bytes are no multiple of 16
+    assert (wide, narrow) == (["grouped"] * 3, ["concat"] * 3)
+    assert len(asked) == 2
+
+
+def test_paths_of_a_layer_follow_its_sizes():
+    def operations(wanted: str, case: Case) -> set[str]:
         with Operations() as seen:
-            case.run(lambda *args: add_routed(path, *args))
+            case.run(of_layer(wanted, case))
         return {name for name in seen.names if "_grouped_mm" in name}
 
     assert operations("auto", Case(12, 16, 16, 6, 8, 2))

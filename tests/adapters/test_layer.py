@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard
-from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear, Target
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
 D, F = 12, 20
@@ -33,7 +33,7 @@ def molora(
     shard: ExpertShard | None = None,
 ) -> MoloraLinear:
     torch.manual_seed(0)
-    return randomise_B(MoloraLinear(base or nn.Linear(D, F), settings, name, seed=1, shard=shard))
+    return randomise_B(MoloraLinear(Target(base or nn.Linear(D, F), settings, name, seed=1), shard))
 
 
 def randomise_B(layer: AdaptedLinear) -> AdaptedLinear:
@@ -78,7 +78,7 @@ def test_one_expert_is_peft_lora():
         peft_layer, x, peft_layer.lora_A["default"].weight, peft_layer.lora_B["default"].weight
     )
     same(gradients(layer, x, layer.lora_A, layer.lora_B), reference)
-    plain = LoraLinear(layer.base, config(), "mlp", seed=1)
+    plain = LoraLinear(Target(layer.base, config(), "mlp", seed=1))
     plain.lora_A.data.copy_(layer.lora_A[0])
     plain.lora_B.data.copy_(layer.lora_B[0])
     same(gradients(plain, x, plain.lora_A, plain.lora_B), reference)
@@ -142,12 +142,12 @@ def test_concat_path_equals_a_loop_over_tokens(data: st.DataObject):
 def test_gradcheck_of_the_written_out_gradient():
     layer, x = molora(config()).double(), tokens(4).detach().double().requires_grad_()
     gate = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
-    from moe_medical.adapters.experts import add_low_rank
+    from moe_medical.adapters.experts import LoraFactors, apply_lora
 
     def with_dropout(*inputs: Tensor) -> Tensor:
         torch.manual_seed(0)
         y, x, A, B, gate = inputs
-        return add_low_rank(y, x, A, B, scaling=2.0, dropout=0.3, gate_TE=gate)
+        return apply_lora(y, x, LoraFactors(A, B, scaling=2.0, dropout=0.3), gate)
 
     y = layer.base(x).detach().requires_grad_()
     assert torch.autograd.gradcheck(with_dropout, (y, x, layer.lora_A, layer.lora_B, gate))
@@ -162,14 +162,14 @@ def test_conv1d_base():
 
 def test_other_modules_are_refused():
     with pytest.raises(TypeError, match=r"wte: an adapter needs nn.Linear or Conv1D, got Embedding"):
-        LoraLinear(nn.Embedding(4, 4), config(), "wte", seed=0)
+        LoraLinear(Target(nn.Embedding(4, 4), config(), "wte", seed=0))
 
 
 @pytest.mark.parametrize("kind", [LoraLinear, MoloraLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_zero_is_the_base_bit_for_bit(kind: type[AdaptedLinear], dtype: torch.dtype):
     base, x = nn.Linear(D, F).to(dtype), tokens(3, 4, dtype=dtype)
-    assert torch.equal(kind(base, config(dropout=0.1), "mlp", seed=0)(x), base(x))
+    assert torch.equal(kind(Target(base, config(dropout=0.1), "mlp", seed=0))(x), base(x))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3)])
@@ -185,9 +185,9 @@ def test_any_leading_shape_and_input_unchanged(shape: tuple[int, ...]):
 def test_bf16_base_computes_in_bf16_and_keeps_float32_adapters():
     layer, x = molora(config(), nn.Linear(D, F).bfloat16()), tokens(5, dtype=torch.bfloat16)
     context = layer.context
-    with context.bind(torch.ones(1, 5, dtype=torch.bool)):
+    with context.bind(BatchInputs(torch.ones(1, 5, dtype=torch.bool))):
         y = layer(x)
-        routing = context.routings["mlp"]
+        routing = context.record.routings["mlp"]
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert x.grad.dtype == torch.bfloat16
@@ -202,9 +202,12 @@ def test_bf16_base_computes_in_bf16_and_keeps_float32_adapters():
 
 def test_autocast_keeps_the_router_in_float32():
     layer, x = molora(config()), tokens(5)
-    with layer.context.bind(torch.ones(1, 5, dtype=torch.bool)), torch.autocast("cpu", dtype=torch.bfloat16):
+    with (
+        layer.context.bind(BatchInputs(torch.ones(1, 5, dtype=torch.bool))),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
         y = layer(x)
-        logits = layer.context.routings["mlp"].logits_TE
+        logits = layer.context.record.routings["mlp"].logits_TE
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(logits, x @ layer.router.weight.t() + layer.router.bias, **CLOSE)
@@ -213,7 +216,7 @@ def test_autocast_keeps_the_router_in_float32():
 
 @pytest.mark.parametrize("kind", [LoraLinear, MoloraLinear])
 def test_dropout_acts_in_training_only(kind: type[AdaptedLinear]):
-    layer = randomise_B(kind(nn.Linear(D, F), config(dropout=0.5), "mlp", seed=0))
+    layer = randomise_B(kind(Target(nn.Linear(D, F), config(dropout=0.5), "mlp", seed=0)))
     x = tokens(64)
     evaluated = layer.eval()(x)
     assert torch.equal(evaluated, layer(x))
@@ -228,16 +231,16 @@ def test_dropout_acts_in_training_only(kind: type[AdaptedLinear]):
 
 def test_router_sees_the_input_without_dropout():
     layer, x = molora(config(dropout=0.9)).train(), tokens(8)
-    with layer.context.bind(torch.ones(1, 8, dtype=torch.bool)):
+    with layer.context.bind(BatchInputs(torch.ones(1, 8, dtype=torch.bool))):
         layer(x)
-        logits = layer.context.routings["mlp"].logits_TE
+        logits = layer.context.record.routings["mlp"].logits_TE
     torch.testing.assert_close(logits, x @ layer.router.weight.t() + layer.router.bias, **CLOSE)
 
 
 def test_initial_values_depend_on_seed_and_name_only():
     def values(name: str, seed: int) -> list[Tensor]:
         torch.rand(seed + 1)  # the global generator must not matter
-        layer = MoloraLinear(nn.Linear(D, F), config(), name, seed)
+        layer = MoloraLinear(Target(nn.Linear(D, F), config(), name, seed))
         return [p.detach() for p in (layer.lora_A, layer.router.weight, layer.router.bias)]
 
     first = values("layers.0.mlp", 5)
@@ -311,13 +314,13 @@ def test_a_shard_starts_from_what_its_experts_are_in_the_whole_layer():
 def test_nothing_is_recorded_outside_a_bind():
     layer = molora(config())
     layer(tokens(3))
-    assert layer.context.routings == {}
+    assert layer.context.record.routings == {}
     context = RoutingContext()
     with pytest.raises(RuntimeError, match="no batch is bound"):
-        _ = context.token_mask_T
+        _ = context.inputs.token_mask_T
     with (
-        context.bind(torch.ones(1, 1)),
+        context.bind(BatchInputs(torch.ones(1, 1))),
         pytest.raises(RuntimeError, match="bound already"),
-        context.bind(torch.ones(1, 1)),
+        context.bind(BatchInputs(torch.ones(1, 1))),
     ):
         pass

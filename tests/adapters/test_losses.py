@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_medical.adapters.loss_weights import LossWeights, kinds_of_tasks
 from moe_medical.adapters.losses import RoutingSums, router_gradients, router_loss_tap, routing_sums
-from moe_medical.adapters.routing import Routing, RoutingContext
+from moe_medical.adapters.routing import BatchInputs, Routing, RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError
 
@@ -70,12 +70,12 @@ def test_values_and_gradients_are_those_of_the_plain_formulas(weights: LossWeigh
         torch.testing.assert_close(value, expected[name].detach(), rtol=1e-12, atol=1e-12)
     context, each = RoutingContext(), scale / float(setup.mask_MT.sum())
     for x_TD, mask_T, classes_T in zip(setup.x_MTD, setup.mask_MT, setup.classes_MT, strict=True):
-        with context.bind(mask_T.unsqueeze(0)):
+        with context.bind(BatchInputs(mask_T.unsqueeze(0))):
             taps = [router_loss_tap(context, name) for name in "abc"]
             logits = [tap(router(x_TD)) for tap, router in zip(taps, setup.routers, strict=True)]
             assert torch.equal(logits[0], setup.routers[0](x_TD))
             of_tokens = classes_T if weights.localized else None
-            context.router_gradients = router_gradients(statistics, "abc", weights, each, of_tokens)
+            context.record.gradients = router_gradients(statistics, "abc", weights, each, of_tokens)
             sum(0 * part.sum() for part in logits).backward()
     for got, want in zip(setup.gradients(), wanted, strict=True):
         torch.testing.assert_close(got / scale, want, rtol=1e-10, atol=1e-12)
@@ -193,9 +193,9 @@ def test_the_gradient_lowers_the_loss(weights: LossWeights):
     before = loss()
     for _ in range(20):
         leaf = logits.clone().requires_grad_()
-        with context.bind(real(64).unsqueeze(0)):
+        with context.bind(BatchInputs(real(64).unsqueeze(0))):
             tapped = router_loss_tap(context, "a")(leaf)
-            context.router_gradients = router_gradients(sums(), "a", weights, 1 / 64, kinds)
+            context.record.gradients = router_gradients(sums(), "a", weights, 1 / 64, kinds)
             (0 * tapped.sum()).backward()
         logits = logits - 10 * leaf.grad
     assert loss() < before - 0.02
@@ -204,7 +204,7 @@ def test_the_gradient_lowers_the_loss(weights: LossWeights):
 def test_outside_a_bind_or_without_losses_gradients_pass_unchanged():
     context, x = RoutingContext(), torch.randn(3, 4, requires_grad=True)
     assert router_loss_tap(context, "layer") is None
-    with context.bind(real(3).unsqueeze(0)):
+    with context.bind(BatchInputs(real(3).unsqueeze(0))):
         tap = router_loss_tap(context, "layer")
         tap(x).square().sum().backward()
         assert torch.equal(x.grad, 2 * x)

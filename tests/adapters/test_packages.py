@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config.presets import FFN, PRESETS, MoloraConfig
 
 IDS = torch.tensor([[5, 9, 33, 60, 7], [21, 4, 4, 50, 12]])
@@ -42,7 +42,7 @@ def adapted(config: MoloraConfig) -> tuple[PreTrainedModel, RoutingContext, dict
 
 def bound(context: RoutingContext) -> AbstractContextManager[RoutingContext]:
     tasks_BS = TASKS_OF_ROWS[:, None].expand(IDS.shape)
-    return context.bind(torch.ones_like(IDS).bool(), tasks_BS)
+    return context.bind(BatchInputs(torch.ones_like(IDS).bool(), tasks_BS))
 
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters, trainable_parameters
-from moe_medical.adapters.routing import RoutingContext, Sequences
+from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
 from moe_medical.config.presets import PRESETS, MoloraConfig
 
 IDS = torch.tensor([[5, 9, 33, 60, 7], [21, 4, 4, 50, 12]])
@@ -96,7 +96,7 @@ def adapted(config: MoloraConfig) -> tuple[PreTrainedModel, RoutingContext]:
 
 def bound(context: RoutingContext) -> AbstractContextManager[RoutingContext]:
     everywhere = torch.ones_like(TASKS).bool()
-    return context.bind(everywhere, TASKS, sequences=Sequences.of(POSITIONS, PROMPTS))
+    return context.bind(BatchInputs(everywhere, TASKS, sequences=Sequences.of(POSITIONS, PROMPTS)))
 
 
 # From a config and tensors by name to reference modules
@@ -330,9 +330,11 @@ def trained_once(
     torch.manual_seed(5)
     with bound(context):
         loss = scalar(model(IDS, use_cache=False).logits)
-        first = {name: routing.weights_TK for name, routing in context.routings.items()}
+        first = {name: routing.weights_TK for name, routing in context.record.routings.items()}
         loss.backward()
-        gates = {name: routing.weights_TK.detach().clone() for name, routing in context.routings.items()}
+        gates = {
+            name: routing.weights_TK.detach().clone() for name, routing in context.record.routings.items()
+        }
         assert all(torch.equal(first[name], gates[name]) for name in gates)
     return gates, {n: p.grad for n, p in trainable_parameters(model).items() if p.grad is not None}
 

@@ -25,10 +25,10 @@ from moe_medical.adapters.routers import Choice
 from moe_medical.base_model.known_shapes import llama_shape
 from moe_medical.config import MoloraConfig
 from moe_medical.config.presets import PRESETS
-from moe_medical.distributed.adapted_model import AdaptedModel, Workload
-from moe_medical.distributed.cost import recommend
-from moe_medical.distributed.layouts import Layout
 from moe_medical.errors import ConfigError
+from moe_medical.planning.adapted_model import AdaptedModel, Workload
+from moe_medical.planning.cost import recommend
+from moe_medical.planning.layouts import Layout
 
 GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64, "rotary_dim": 4}
 OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from moe_medical.adapters.layer import MoloraLinear
+from moe_medical.adapters.layer import MoloraLinear, Target
 from moe_medical.adapters.routers import new_router
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.config import MoloraConfig, resolve_adapters
 from moe_medical.config.presets import TASK_FEATURES
 from moe_medical.config.schema import AdaptersSection
-from moe_medical.distributed.adapted_model import router_sizes
+from moe_medical.planning.adapted_model import router_sizes
 
 D, F, EXPERTS, TASKS = 12, 20, 4, 3
 
@@ -24,7 +24,7 @@ def config(top_k: int) -> MoloraConfig:
 
 
 def layer(top_k: int = EXPERTS) -> MoloraLinear:
-    made = MoloraLinear(nn.Linear(D, F), config(top_k), "mlp", seed=1)
+    made = MoloraLinear(Target(nn.Linear(D, F), config(top_k), "mlp", seed=1))
     made.lora_B.data.copy_(torch.randn(made.lora_B.shape, generator=torch.Generator().manual_seed(2)))
     return made
 
@@ -42,7 +42,7 @@ def expected(made: MoloraLinear, x: torch.Tensor, task: int) -> torch.Tensor:
 def test_each_token_is_gated_by_its_own_task(top_k: int) -> None:
     made, x = layer(top_k), torch.randn(2, 4, D)
     tasks = torch.tensor([[0, 0, 2, 2], [1, 1, 1, 0]])  # packed rows hold several
-    with made.context.bind(torch.ones(2, 4, dtype=torch.bool), tasks):
+    with made.context.bind(BatchInputs(torch.ones(2, 4, dtype=torch.bool), tasks)):
         y = made(x)
     for row in range(2):
         for place in range(4):
@@ -52,12 +52,12 @@ def test_each_token_is_gated_by_its_own_task(top_k: int) -> None:
 
 def test_a_row_keeps_its_task_for_any_number_of_positions() -> None:
     made, x = layer(), torch.randn(2, 5, D)
-    with made.context.bind_tasks(torch.tensor([2, 1])):
+    with made.context.bind(BatchInputs.of_rows(torch.tensor([2, 1]))):
         whole, last = made(x), made(x[:, -1:])
     torch.testing.assert_close(last, whole[:, -1:])
     torch.testing.assert_close(whole[1, 3], expected(made, x[1, 3], 1), rtol=1e-5, atol=1e-6)
-    assert made.context.task_ids_BS is None
-    assert not made.context.routings
+    assert made.context.inputs.task_ids_BS is None
+    assert not made.context.record.routings
 
 
 def test_unknown_tasks_get_the_mean_of_the_logits() -> None:
@@ -70,7 +70,7 @@ def test_unknown_tasks_get_the_mean_of_the_logits() -> None:
 
 def test_only_the_tasks_of_the_batch_get_a_gradient() -> None:
     made = layer()
-    with made.context.bind(torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 2]])):
+    with made.context.bind(BatchInputs(torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 2]]))):
         made(torch.randn(1, 2, D)).square().sum().backward()
     assert made.router.embedding.grad is not None
     assert made.router.embedding.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
@@ -83,7 +83,7 @@ def test_first_values_depend_on_seed_and_name_only() -> None:
     first = layer().router.state_dict()
     torch.manual_seed(6)
     assert all(torch.equal(value, first[name]) for name, value in layer().router.state_dict().items())
-    other = MoloraLinear(nn.Linear(D, F), config(2), "other", seed=1).router
+    other = MoloraLinear(Target(nn.Linear(D, F), config(2), "other", seed=1)).router
     assert not torch.equal(other.weight, first["weight"])
 
 
@@ -100,8 +100,8 @@ def test_parameters_are_counted_and_the_preset_stays_a_token_router() -> None:
 def test_a_bound_batch_is_not_bound_again() -> None:
     context = RoutingContext()
     with (
-        context.bind(torch.ones(1, 1, dtype=torch.bool)),
+        context.bind(BatchInputs(torch.ones(1, 1, dtype=torch.bool))),
         pytest.raises(RuntimeError, match="bound already"),
-        context.bind_tasks(torch.tensor([0])),
+        context.bind(BatchInputs.of_rows(torch.tensor([0]))),
     ):
         pass

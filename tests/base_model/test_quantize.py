@@ -21,7 +21,7 @@ from moe_medical.config.schema import ModelSection
 from moe_medical.config.validate_model import model_problems
 from moe_medical.errors import ConfigError
 from moe_medical.serving.adapted import load_shared_base
-from moe_medical.serving.answering import Generation, answer_all
+from moe_medical.serving.answers import Generation, answer_all
 
 ADAPTERS = MoloraConfig(top_k=2, **SIZES)
 

@@ -20,7 +20,7 @@ from moe_medical.base_model.shapes import linear_shapes, num_parameters
 from moe_medical.config import resolve_adapters
 from moe_medical.config.schema import AdaptersSection, ModelSection
 from moe_medical.errors import DataError
-from moe_medical.training.plan import plan_layers
+from moe_medical.planning.plan import plan_layers
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

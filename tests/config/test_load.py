@@ -12,7 +12,7 @@ import pytest
 from support.tiny import ROOT
 
 from moe_medical.config import load_config, save_config
-from moe_medical.config.deepspeed_keys import ZERO_KEYS
+from moe_medical.config.deepspeed import ZERO_KEYS
 from moe_medical.errors import ConfigError
 
 RUN_FILE = """
@@ -273,7 +273,7 @@ def test_shipped_deepspeed_configs_load(path: Path, monkeypatch: pytest.MonkeyPa
 def test_config_and_plan_start_without_heavy_imports() -> None:
     heavy = ["torch", "deepspeed", "transformers", "wandb", "datasets"]
     code = (
-        "import sys, moe_medical.cli, moe_medical.config, moe_medical.training.plan\n"
+        "import sys, moe_medical.cli, moe_medical.config, moe_medical.planning.plan\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -12,7 +12,7 @@ import pytest
 from support.tiny import ROOT
 
 from moe_medical.config import load_config
-from moe_medical.config.deepspeed_keys import OFFLOAD_KEYS, ZERO_COUNTS, ZERO_FLAGS
+from moe_medical.config.deepspeed import OFFLOAD_KEYS, ZERO_COUNTS, ZERO_FLAGS
 from moe_medical.errors import ConfigError
 
 CPU = {"device": "cpu"}

@@ -12,7 +12,7 @@ from support.tiny import write_tiny_model, write_tiny_tasks
 
 from moe_medical.config.schema import Batching, DataSection, MixSection
 from moe_medical.data.batches import IGNORE, Batch, BatchShape, TrainingBatches, collate, collate_packed
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
 

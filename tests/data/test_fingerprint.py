@@ -21,8 +21,8 @@ from support.tiny import write_tiny_run
 
 from moe_medical.base_model import locate_base
 from moe_medical.config import load_config, resolve_adapters
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint, Fingerprinter, fingerprint_file
-from moe_medical.data.formats import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.errors import DataError
 from moe_medical.training.identity import RunIdentity, identify

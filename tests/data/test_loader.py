@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_medical.data.batches import Batch, collate
-from moe_medical.data.formats import Encoded
+from moe_medical.data.chat import Encoded
 from moe_medical.data.loader import Loader
 from moe_medical.data.mixture import SampleRef
 from moe_medical.errors import DataError

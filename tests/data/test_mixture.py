@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_medical.data.mixture import Exhausted, MixPlan, SampleRef, permute
-from moe_medical.data.rules import row_limits
+from moe_medical.data.static_mixing import row_limits
 
 SIZES = [4000, 1800, 500, 60, 5]
 

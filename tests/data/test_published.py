@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moe_medical.config.schema import DataSection
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_mixture, load_recipe, load_task
 from moe_medical.data.rows import Example
 from moe_medical.data.sources import Split, load_split

@@ -24,7 +24,7 @@ import yaml
 from support.tiny import ROOT, write_tiny_model
 
 from moe_medical.config.schema import DataSection
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_task
 from moe_medical.data.sources import Split, load_split
 from moe_medical.data.tasks import TOO_LONG, load_tasks
@@ -237,7 +237,7 @@ _CHILD = """
 import json, logging, sys
 from pathlib import Path
 from moe_medical.config.schema import DataSection
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import load_tasks
 logging.basicConfig(level=logging.DEBUG)
 recipe, model = sys.argv[1:]

@@ -13,7 +13,7 @@ import yaml
 from support.tiny import write_tiny_model, write_tiny_tasks
 
 from moe_medical.config.schema import DataSection, MixSection, TaskOverride
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TOO_LONG, TaskData, build_plan, load_tasks
 from moe_medical.errors import ConfigError, DataError
 

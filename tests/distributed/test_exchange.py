@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moe_medical.adapters.routing import BatchInputs
+
 if TYPE_CHECKING:
     from moe_medical.adapters.routing import RoutingContext
     from moe_medical.distributed.expert_group import ExpertGroup
@@ -71,7 +73,7 @@ class _Adapted:
 
     def run(self, x: Tensor, mask: Tensor, pass_name: str = "train") -> Tensor:
         """Forward and backward of a micro-batch; gradients add up. Returns the output."""
-        with self.context.bind(mask, pass_name=pass_name):
+        with self.context.bind(BatchInputs(mask), pass_name=pass_name):
             y = self.model(x)
             (y * mask.unsqueeze(-1)).square().sum().backward()
         return y.detach()
@@ -164,7 +166,7 @@ def _tokens_travel(group: ExpertGroup) -> dict[str, list[float]]:
 
     spread = _adapted(group, exchange="tokens")
     x, mask = _micro_batch()
-    with spread.context.bind(mask):
+    with spread.context.bind(BatchInputs(mask)):
         with CollectiveBytes() as forward:
             y = spread.model(x)
         expected = group.sum(torch.tensor(_expected_bytes(group, spread.context, mask)))
@@ -182,7 +184,7 @@ def _expected_bytes(group: ExpertGroup, context: RoutingContext, mask: Tensor) -
     experts = EXPERTS // group.size
     for block in range(2):
         for names, d, f in ((("gate_proj", "up_proj"), D, INNER), (("down_proj",), INNER, D)):
-            ids = [context.routings[f"layers.{block}.mlp.{name}"].expert_ids_TK for name in names]
+            ids = [context.record.routings[f"layers.{block}.mlp.{name}"].expert_ids_TK for name in names]
             wanted = [
                 [(mask.flatten() & (i // experts == peer).any(-1)) for i in ids]
                 for peer in range(group.size)
@@ -207,9 +209,9 @@ def _padding_stays(group: ExpertGroup) -> dict[str, Any]:
         x, mask = _micro_batch()
         mask = torch.zeros_like(mask)
         mask[-1, real] = group.rank == 0
-        with spread.context.bind(mask):
+        with spread.context.bind(BatchInputs(mask)):
             dispatched = layer.token_exchange.dispatch(layer.name, x)
-            sent = layer.context.routings[layer.name].expert_ids_TK[mask.flatten()]
+            sent = layer.context.record.routings[layer.name].expert_ids_TK[mask.flatten()]
             chosen = int((dispatched.gate_Re != 0).sum())
             received[case] = {"rows": len(dispatched.x_RD), "chosen": chosen, "sent": sent.tolist()}
     return received
@@ -225,7 +227,7 @@ def _unequal_inputs(group: ExpertGroup) -> dict[str, str]:
             block["mlp"].alias = change
         x, mask = _micro_batch()
         try:
-            with spread.context.bind(mask):
+            with spread.context.bind(BatchInputs(mask)):
                 spread.model(x)
             said[name] = ""
         except RuntimeError as e:
@@ -258,7 +260,7 @@ def _counted(adapted: _Adapted) -> list[dict[str, int]]:
         x, mask = _micro_batch() if number == 0 else repeated
         ahead.asked = ahead.ready = 0
         with CollectiveBytes() as traffic:
-            with torch.no_grad(), adapted.context.bind(mask, pass_name="count"):
+            with torch.no_grad(), adapted.context.bind(BatchInputs(mask), pass_name="count"):
                 adapted.model(x)
             adapted.run(x, mask)
         calls = traffic.calls["all_gather"]
@@ -300,7 +302,7 @@ def _alive(group: ExpertGroup, keep: bool) -> list[int]:
     for layer, watch in zip(layers, watches, strict=True):
         layer.weight_exchange = watch  # type: ignore[assignment]
     x, mask = _micro_batch()
-    with adapted.context.bind(mask):
+    with adapted.context.bind(BatchInputs(mask)):
         y = adapted.model(x)
         seen = [sum(watch.alive for watch in watches)]
         y.sum().backward()

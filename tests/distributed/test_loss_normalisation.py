@@ -18,7 +18,7 @@ from support.training import Layout, apart, reference, start, worst, write_zero_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_medical.evaluation.objective import TokenWeights
+    from moe_medical.evaluation.loss import TokenWeights
     from moe_medical.training.trainer import Trainer
 
 STEPS = 2
@@ -106,7 +106,7 @@ def _train(run: str, expected: str, cases: list[list[Any]]) -> dict[str, Any]:
 
 def _step(trainer: Trainer, mode: Any, number: int) -> tuple[float, float, list[int]]:
     """Loss over all ranks, gradient norm, tasks that this rank has."""
-    from moe_medical.evaluation.objective import TokenWeights
+    from moe_medical.evaluation.loss import TokenWeights
     from moe_medical.training.schedule import learning_rate
     from moe_medical.training.step import accumulate, count_step
 
@@ -128,7 +128,7 @@ def _loss(trainer: Trainer, batches: Sequence[Any], weights: TokenWeights) -> fl
     """This rank's share of the loss."""
     import torch
 
-    from moe_medical.evaluation.objective import token_losses
+    from moe_medical.evaluation.loss import token_losses
 
     def share(batch: Any) -> Tensor:
         tokens = token_losses(trainer.engine.module, batch)

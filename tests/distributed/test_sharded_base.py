@@ -241,7 +241,7 @@ def _train_each_way(folder: str, cases: dict[str, list[str]]) -> str:
     from moe_medical.base_model.load import load_base
     from moe_medical.config import load_config
     from moe_medical.distributed.topology import start_distributed, stop_distributed
-    from moe_medical.training import assembly
+    from moe_medical.training import setup as assembly
     from moe_medical.training.trainer import Trainer
 
     sharded = assembly.load_base_for_engine

@@ -128,13 +128,14 @@ def _padded(batch: Batch, real_tokens: int) -> Batch:
 def _shares(trainer: Trainer, case: Case) -> list[float]:
     """Share of all ranks' real tokens that choose each expert, over all layers."""
     from moe_medical.adapters.losses import routing_sums
-    from moe_medical.evaluation.objective import run_model
+    from moe_medical.adapters.routing import BatchInputs
+    from moe_medical.evaluation.loss import run_model
 
     sums = torch.zeros(EXPERTS)
     for batch in _batches(trainer, 0, case):
-        with trainer.context.bind(batch.token_mask_BS):
+        with trainer.context.bind(BatchInputs(batch.token_mask_BS)):
             run_model(trainer.engine.module, batch, logits_to_keep=1)
-            layers = trainer.context.routings.values()
+            layers = trainer.context.record.routings.values()
             sums += routing_sums(layers, batch.token_mask_BS.flatten()).chosen_LE.sum(0)
     sums = trainer.engine.sum(sums)
     return (sums * case.top_k / sums.sum()).tolist()

@@ -112,9 +112,11 @@ def _train(trainer: Trainer, first: int, last: int) -> list[float]:
 
 def _logits(trainer: Trainer) -> Tensor:
     """What the model itself says, without dropout: shows whether forward reads the loaded weights."""
+    from moe_medical.adapters.routing import BatchInputs
+
     batch = trainer.batches.step(0)[0]
     trainer.engine.module.eval()
-    with torch.no_grad(), trainer.context.bind(batch.token_mask_BS, batch.task_ids_BS):
+    with torch.no_grad(), trainer.context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS)):
         logits = trainer.engine.module(input_ids=batch.input_ids_BS, use_cache=False).logits
     trainer.engine.module.train()
     return logits[batch.token_mask_BS]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.schema import ModelSection
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import Example
 from moe_medical.evaluation.choices import answer_options, encode_options, likeliest
 

@@ -18,11 +18,11 @@ from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config
 from moe_medical.config.schema import EvaluationSection, ModelSection, Normalise
 from moe_medical.data.batches import Batch, collate, collate_packed
-from moe_medical.data.formats import ChatFormat, Encoded
+from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator, deal
-from moe_medical.evaluation.objective import TokenLosses, TokenWeights, task_sums, token_losses
+from moe_medical.evaluation.loss import TokenLosses, TokenWeights, task_sums, token_losses
 
 WRONG = {("last_word", 1), ("even", 0), ("even", 3)}
 """Rows that the answering model of these tests gets wrong: scores 3/4 and 2/4."""

@@ -25,7 +25,7 @@ from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import RunConfig, load_config, resolve_adapters
 from moe_medical.config.schema import EvaluationSection
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, load_tasks
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult
@@ -186,7 +186,7 @@ def test_a_task_gate_is_told_the_rows_tasks(run_file: str) -> None:
     assert other["last_word"] != losses()["last_word"]
     assert answers() == answers(0, 1) != answers(2, 1)
     assert answers()[ROWS:] == answers(2, 1)[ROWS:]
-    assert context.task_ids_BS is None
+    assert context.inputs.task_ids_BS is None
 
 
 def test_evaluations_of_earlier_versions_are_read() -> None:

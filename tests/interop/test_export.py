@@ -18,6 +18,7 @@ from support.tiny import write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config.presets import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 from moe_medical.interop.hf_folder import export_hf_folder, runtime_sources
@@ -211,10 +212,12 @@ def test_a_folder_runs_where_nothing_of_ours_is_installed(base: Path, tmp_path: 
         mask = torch.ones_like(IDS, dtype=torch.bool) if name == "sequence" else None
         text = IDS
         with torch.no_grad():
-            with context.bind_tasks(tasks, mask):
+            with context.bind(BatchInputs.of_rows(tasks, mask)):
                 torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
             for _ in range(4):  # without a cache, which the folder's model has
-                with context.bind_tasks(tasks, None if mask is None else text_mask(mask, text)):
+                with context.bind(
+                    BatchInputs.of_rows(tasks, None if mask is None else text_mask(mask, text))
+                ):
                     text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], dim=1)
         assert torch.equal(text, new), name
 

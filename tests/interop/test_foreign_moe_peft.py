@@ -117,6 +117,15 @@ def test_the_first_layout_of_mixlora(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(imported_logits(tmp_path / "ours", base), expected, atol=2e-5, rtol=1e-4)
 
 
+def test_a_tensor_under_both_layouts_names_is_refused(base: Path, tmp_path: Path) -> None:
+    state = write_moe_peft(tmp_path / "theirs", LlamaForCausalLM.from_pretrained(base), "mixlora")
+    state["mixlora.layers.0.gate.weight"] = torch.zeros(EXPERTS, 32)
+    torch.save(state, tmp_path / "theirs" / "adapter_model.bin")
+    rule = r"layers\.0\.gate\.weight must not be there beside mixlora\.layers\.0\.mlp\.moe_gate\.weight"
+    with pytest.raises(ConfigError, match=rule):
+        run(tmp_path / "theirs", tmp_path / "ours", base)
+
+
 def test_only_some_projections_of_a_block(base: Path, tmp_path: Path) -> None:
     state = write_moe_peft(tmp_path / "theirs", LlamaForCausalLM.from_pretrained(base), "mixlora")
     state = {n: t for n, t in state.items() if not any(x in n for x in ("up_proj", "k_proj", "o_proj"))}

@@ -19,7 +19,7 @@ from moe_medical.errors import ConfigError, DataError
 from moe_medical.interop import merge
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.merge import merge_adapter, merge_matrix
-from moe_medical.interop.subject import open_adapter
+from moe_medical.interop.opened import open_adapter
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
 ATTENTION, MLP = r".*\.(self_attn|attn)\.\w+", r".*\.mlp\.\w+"
@@ -202,6 +202,14 @@ def test_a_quantised_base_is_refused(base: Path, tmp_path: Path) -> None:
         merge_adapter(adapter, tmp_path / "merged", base=str(other))
 
 
+def test_a_base_that_transformers_converts_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "mixtral")
+    adapter = write_adapter(tmp_path / "adapter", base, replace(LORA, lora=(ATTENTION,)))
+    with pytest.raises(ConfigError, match="base cannot be merged: transformers converts its tensors"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merge_that_answers_otherwise_is_deleted(base: Path, tmp_path: Path) -> None:
     """An overflow in float16 is the plainest way to write another model than the adapted one."""
     half = write_base(tmp_path / "half", dtype="float16")
@@ -214,14 +222,14 @@ def test_a_merge_that_answers_otherwise_is_deleted(base: Path, tmp_path: Path) -
 def test_another_task_does_not_pass_for_the_merged_one(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, TASK)
     merge_adapter(adapter, tmp_path / "merged", ["codes"], verify=False)
-    subject = open_adapter(adapter)
-    probe = probe_logits(subject, [TASKS.index("codes"), TASKS.index("report")])
-    assert refuse_other_logits(subject, tmp_path / "merged", probe, 0) < 1e-4
+    opened = open_adapter(adapter)
+    probe = probe_logits(opened, [TASKS.index("codes"), TASKS.index("report")])
+    assert refuse_other_logits(opened, tmp_path / "merged", probe, 0) < 1e-4
     with pytest.raises(DataError, match="logits differ"):
-        refuse_other_logits(subject, tmp_path / "merged", probe, 1)
+        refuse_other_logits(opened, tmp_path / "merged", probe, 1)
     far = replace(probe, base=[logits + 1e3 for logits in probe.base])  # an adapter that changes much more
     with pytest.raises(DataError, match="logits differ"):
-        refuse_other_logits(subject, tmp_path / "merged", far, 1)
+        refuse_other_logits(opened, tmp_path / "merged", far, 1)
 
 
 def test_a_dtype_that_rounds_the_adapter_away_is_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moe_medical.adapters.model import (
     attach_adapters,
     load_adapter_state,
 )
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import PRESETS, MoloraConfig
@@ -50,7 +51,7 @@ def logits(base: Path, config: MoloraConfig, state: dict[str, Tensor], task: int
     model = fresh(base)
     context = attach_adapters(model, config, seed=0)
     load_adapter_state(model, state)
-    with context.bind_tasks(None if task is None else torch.tensor([task] * len(IDS))):
+    with context.bind(BatchInputs.of_rows(None if task is None else torch.tensor([task] * len(IDS)))):
         return model.eval()(IDS).logits
 
 
@@ -98,6 +99,18 @@ def test_a_part_is_the_whole_without_the_rest(case: str, base: Path) -> None:
     torch.testing.assert_close(logits(base, part_config, part, task), expected, rtol=1e-5, atol=1e-5)
     assert (logits(base, config, state, task) - expected).abs().max() > 0.01
     assert len(part) < len(state)
+
+
+def test_the_shared_router_stands_where_the_part_runs_first(tmp_path: Path) -> None:
+    """OPT registers k_proj before q_proj, which runs first and has the router of the whole model."""
+    base = write_base(tmp_path / "base", "opt")
+    config = replace(MOELORA, molora=(ATTENTION, r".*\.fc[12]"), lora=())
+    state = trained(base, config)
+    part_config, part = restrict_adapter(config, state, [ATTENTION], adaptable_modules(fresh(base)))
+    owners = {name.partition(".router.")[0] for name in part if ".router." in name}
+    assert owners == {"model.decoder.layers.0.self_attn.q_proj"}
+    expected = logits(base, config, without(state, (".fc1.lora_B", ".fc2.lora_B")), 1)
+    torch.testing.assert_close(logits(base, part_config, part, 1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,17 @@ from typing import Any
 import httpx
 import pytest
 from support.served import PROMPTS, gate_config, write_adapter, write_family
+from transformers import ContinuousBatchingManager
 
 from moe_medical.errors import ConfigError
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted, load_shared_base
 from moe_medical.serving.app import create_app
-from moe_medical.serving.batching import End, QueueFull, Request, Together
-from moe_medical.serving.continuous import Continuous
+from moe_medical.serving.batching import End, QueueFull, Request, StaticBatching
+from moe_medical.serving.continuous import ContinuousBatching
+from moe_medical.serving.detokenizer import Detokenizer
 from moe_medical.serving.serve import ServeSettings, serve_adapters
 from moe_medical.serving.service import Service
-from moe_medical.serving.wording import Wording
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ class _Held:
 
     def __init__(self, adapted: Adapted) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        wording = Wording(adapted.chat, self._wait)
-        self.request = _request(adapted, PROMPTS[0], wording)
+        detokenizer = Detokenizer(adapted.chat, self._wait)
+        self.request = _request(adapted, PROMPTS[0], detokenizer)
 
     def _wait(self, _: str) -> None:
         self.begun.set()
@@ -41,7 +42,7 @@ class _Held:
 
 
 def _request(
-    adapted: Adapted, prompt: str, wording: Wording | None = None, ended: list[End] | None = None
+    adapted: Adapted, prompt: str, detokenizer: Detokenizer | None = None, ended: list[End] | None = None
 ) -> Request:
     return Request(
         adapted,
@@ -49,7 +50,7 @@ def _request(
         adapted.task_numbers(None, ""),
         12,
         Sampling(),
-        wording or Wording(adapted.chat),
+        detokenizer or Detokenizer(adapted.chat),
         [].append if ended is None else ended.append,
     )
 
@@ -65,7 +66,7 @@ def test_what_waits_for_an_adapter_is_one_batch(family: Path, monkeypatch: pytes
         run(self, rows, tasks)
 
     monkeypatch.setattr(Adapted, "continue_rows", counted)
-    batching, held = Together(batch_rows=3, queue=9), _Held(words)
+    batching, held = StaticBatching(batch_rows=3, queue=9), _Held(words)
     batching.submit(held.request)
     assert held.begun.wait(60)
     cancelled = _request(words, PROMPTS[1])
@@ -77,15 +78,15 @@ def test_what_waits_for_an_adapter_is_one_batch(family: Path, monkeypatch: pytes
     held.go.set()
     batching.close()
     assert sizes == [(True, 1), (True, 3), (False, 2), (True, 1)]
-    assert all(request.wording.text for request in waiting)
-    assert not cancelled.wording.text
+    assert all(request.detokenizer.text for request in waiting)
+    assert not cancelled.detokenizer.text
 
 
 def test_a_failed_batch_ends_its_requests_only(
     family: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapted, ended = load_adapted(family / "words"), list[End]()
-    batching = Together(batch_rows=4, queue=4)
+    batching = StaticBatching(batch_rows=4, queue=4)
     with monkeypatch.context() as broken:
         broken.setattr(Adapted, "continue_rows", lambda *_: 1 / 0)
         batching.submit(_request(adapted, PROMPTS[0], ended=ended))
@@ -98,7 +99,7 @@ def test_a_failed_batch_ends_its_requests_only(
 
 
 def test_a_full_queue_is_told_at_once(family: Path) -> None:
-    base, batching = load_shared_base(family / "words"), Together(batch_rows=1, queue=1)
+    base, batching = load_shared_base(family / "words"), StaticBatching(batch_rows=1, queue=1)
     service = Service(base, {"words": family / "words"}, batching, max_tokens=8)
     held = _Held(base.adapt(family / "words"))
     batching.submit(held.request)
@@ -125,10 +126,26 @@ def test_a_full_queue_is_told_at_once(family: Path) -> None:
 
 def test_continuous_batching_has_a_bounded_queue(family: Path) -> None:
     adapted = load_adapted(family / "words")
-    batching = Continuous(batch_rows=1, queue=0)
+    batching = ContinuousBatching(batch_rows=1, queue=0)
     with pytest.raises(QueueFull):
         batching.submit(_request(adapted, PROMPTS[0]))
     batching.close()
+
+
+def test_a_failed_manager_of_continuous_batching_is_replaced(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, ended = load_adapted(family / "words"), list[End]()
+    batching = ContinuousBatching(batch_rows=2, queue=4)
+    with monkeypatch.context() as broken:
+        broken.setattr(ContinuousBatchingManager, "_generation_step", lambda _: 1 / 0)
+        batching.submit(_request(adapted, PROMPTS[0], ended=ended))
+        while any(thread.name == "continuous" for thread in threading.enumerate()):
+            pass
+    batching.submit(_request(adapted, PROMPTS[0], ended=ended))
+    batching.close()
+    assert ended == ["error", "length"]
+    assert batching.load() == (0, 0)
 
 
 @pytest.mark.parametrize(

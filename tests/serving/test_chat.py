@@ -13,9 +13,9 @@ from support.tiny import ROOT
 from moe_medical.errors import ConfigError
 from moe_medical.evaluation.generate import Row, Sampling
 from moe_medical.serving.adapted import Adapted, load_adapted
-from moe_medical.serving.answering import Generation, answer_all
+from moe_medical.serving.answers import Generation, answer_all
 from moe_medical.serving.chat import Conversation
-from moe_medical.serving.wording import Wording
+from moe_medical.serving.detokenizer import Detokenizer
 
 TOKENS = 8
 
@@ -61,10 +61,10 @@ def test_a_piped_chat(family: Path) -> None:
 def test_what_was_said_is_part_of_the_next_prompt(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapted = load_adapted(family / "words")
     conversation = Conversation(adapted, TOKENS, Sampling())
-    conversation.hear("/system w9 w9")
-    conversation.hear("w1")
+    conversation.take("/system w9 w9")
+    conversation.take("w1")
     first = capsys.readouterr().out.removesuffix("\n")
-    conversation.hear("w2")
+    conversation.take("w2")
     turns = [("system", "w9 w9"), ("user", "w1"), ("assistant", first), ("user", "w2")]
     text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
     ids = adapted.chat.encode_text(text + "<|im_start|>assistant\n")
@@ -84,11 +84,11 @@ def test_the_oldest_turns_go_when_a_chat_is_too_long(
     adapted.model.config.max_position_embeddings = room + 4
     conversation = Conversation(adapted, TOKENS, Sampling())
     for _ in range(2):
-        conversation.hear("w1 w2")
+        conversation.take("w1 w2")
     first, second = capsys.readouterr().out.split("\n")[:2]
     assert first == second
     with pytest.raises(ConfigError, match="message must be at most"):
-        conversation.hear("w1 " * 30)
+        conversation.take("w1 " * 30)
 
 
 def _answer(adapted: Adapted, prompt: str, task: str) -> str:
@@ -96,6 +96,6 @@ def _answer(adapted: Adapted, prompt: str, task: str) -> str:
 
 
 def _continued(adapted: Adapted, ids: list[int]) -> str:
-    wording = Wording(adapted.chat)
-    adapted.continue_rows([Row(ids, TOKENS, Sampling(), wording.take)], [()])
-    return wording.finish()
+    detokenizer = Detokenizer(adapted.chat)
+    adapted.continue_rows([Row(ids, TOKENS, Sampling(), detokenizer.take)], [()])
+    return detokenizer.finish()

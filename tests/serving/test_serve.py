@@ -15,7 +15,7 @@ import pytest
 from support.served import PROMPTS, Server, server, write_family
 
 from moe_medical.serving.adapted import load_adapted
-from moe_medical.serving.answering import Generation, answer_all
+from moe_medical.serving.answers import Generation, answer_all
 
 KEY = "a-key-of-the-tests"
 TOKENS = 20

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_medical.adapters.folder import load_adapter, save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters, load_adapter_state
-from moe_medical.adapters.routing import RoutingContext
+from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config.presets import MoloraConfig
@@ -64,7 +64,9 @@ def adapted_logits(base: Path, adapter: Path, task: str | None = None) -> Tensor
     """What the adapter's own model says."""
     model, context = adapted_model(base, adapter)
     bound = (
-        nullcontext() if task is None else context.bind_tasks(torch.tensor([TASKS.index(task)] * len(IDS)))
+        nullcontext()
+        if task is None
+        else context.bind(BatchInputs.of_rows(torch.tensor([TASKS.index(task)] * len(IDS))))
     )
     with bound:
         return model(IDS).logits

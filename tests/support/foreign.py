@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
+from moe_medical.adapters.routing import BatchInputs
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -236,5 +237,5 @@ def imported_logits(adapter: Path, base: Path, tasks: Sequence[int] | None = Non
     load_adapter_state(model, state)
     if tasks is None:
         return logits(model)
-    with context.bind_tasks(torch.tensor(tasks)):
+    with context.bind(BatchInputs.of_rows(torch.tensor(tasks))):
         return logits(model)

@@ -14,7 +14,7 @@ from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
-from moe_medical.data.formats import Encoded
+from moe_medical.data.chat import Encoded
 from moe_medical.training.step import StepCounts
 from support.families import DECODER
 

@@ -135,7 +135,7 @@ def reference(
 def rows_of_steps(config: RunConfig, steps: int) -> list[list[Row]]:
     """The global batches of the first steps of a run."""
     from moe_medical.base_model import locate_base
-    from moe_medical.data.formats import ChatFormat
+    from moe_medical.data.chat import ChatFormat
     from moe_medical.data.tasks import build_plan, load_tasks
 
     folder, data = locate_base(config.model).folder, config.data

@@ -16,6 +16,7 @@ from moe_medical.cli import main
 from moe_medical.config import load_config
 from moe_medical.config.schema import RunConfig
 from moe_medical.errors import ConfigError
+from moe_medical.planning.plan import RunPlan, make_plan
 from moe_medical.tracking.reference import Reference, load_reference
 from moe_medical.training.baseline import (
     ControlRun,
@@ -24,7 +25,6 @@ from moe_medical.training.baseline import (
     matching_rank,
     train_baselines,
 )
-from moe_medical.training.plan import RunPlan, make_plan
 from moe_medical.training.run_folder import RunFolder
 
 BASELINE = [sys.executable, "-m", "moe_medical", "baseline"]

@@ -182,7 +182,7 @@ def test_rows_are_dealt_to_ranks_whole_and_once(run: Path) -> None:
     from moe_medical.base_model import locate_base
     from moe_medical.config import load_config
     from moe_medical.distributed.topology import Topology
-    from moe_medical.training.feed import Feed
+    from moe_medical.training.data_module import Feed
     from moe_medical.training.task_gradients import probe_batches
 
     config = load_config(str(run))
@@ -249,7 +249,7 @@ class _Rows:
         self.train, self.tokens, self.asked = range(size), self, list[int]()
 
     def encoded(self, rows: list[int]) -> list[Any]:
-        from moe_medical.data.formats import Encoded
+        from moe_medical.data.chat import Encoded
 
         self.asked += rows
         return [Encoded([1, 2], 1, 0)] * len(rows)

@@ -10,11 +10,11 @@ from support.tiny import write_tiny_run
 
 from moe_medical.base_model import locate_base
 from moe_medical.config import load_config, resolve_adapters
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
 from moe_medical.errors import ConfigError, DataError
+from moe_medical.planning.preflight import check_context
 from moe_medical.training.identity import RunIdentity, identify
-from moe_medical.training.preflight import check_context
 from moe_medical.training.trainer import adapter_meta
 
 

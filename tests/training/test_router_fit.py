@@ -13,13 +13,13 @@ from support.tiny import write_tiny_run
 
 from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.model import attach_adapters, trainable_parameters
-from moe_medical.adapters.routing import RoutingContext, Sequences
-from moe_medical.adapters.starting import start_from
+from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
+from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config, resolve_adapters
 from moe_medical.data.batches import IGNORE, Batch, collate
-from moe_medical.data.formats import ChatFormat
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_recipe
 from moe_medical.data.tasks import load_tasks
 from moe_medical.errors import ConfigError, DataError
@@ -75,9 +75,9 @@ def started(run: Path) -> tuple[torch.nn.Module, RoutingContext, Batch, Sequence
 def test_at_run_time_it_sends_new_rows_to_their_expert(fitted: tuple[Path, Path]) -> None:
     """It must see then what it was fitted on: the layer, the norm, the prompt and no padding."""
     model, context, batch, sequences = started(fitted[0])
-    with context.bind(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences):
+    with context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences)):
         model(batch.input_ids_BS, attention_mask=batch.token_mask_BS, position_ids=batch.position_ids_BS)
-        chosen = context.routings["model.layers.0.mlp"].expert_ids_TK.view(batch.input_ids_BS.shape)
+        chosen = context.record.routings["model.layers.0.mlp"].expert_ids_TK.view(batch.input_ids_BS.shape)
     assert torch.equal(chosen[batch.token_mask_BS], batch.task_ids_BS[batch.token_mask_BS])
 
 
@@ -86,7 +86,7 @@ def test_it_stays_as_it_was_fitted_while_experts_train(fitted: tuple[Path, Path]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.1)
     for _ in range(2):
-        with context.bind(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences):
+        with context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences)):
             model(batch.input_ids_BS, attention_mask=batch.token_mask_BS).logits.square().mean().backward()
         optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -131,9 +131,11 @@ def test_the_order_of_labels_is_that_of_the_file_and_not_of_the_recipe(tmp_path:
     settings["adapters"] |= {"router_from": "router", "freeze_router": True}
     run.write_text(yaml.safe_dump(settings))
     model, context, batch, sequences = started(run)
-    with context.bind(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences):
+    with context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS, sequences=sequences)):
         model(batch.input_ids_BS, attention_mask=batch.token_mask_BS, position_ids=batch.position_ids_BS)
-        chosen = context.routings["model.layers.1.mlp.gate_proj"].expert_ids_TK.view(batch.input_ids_BS.shape)
+        chosen = context.record.routings["model.layers.1.mlp.gate_proj"].expert_ids_TK.view(
+            batch.input_ids_BS.shape
+        )
     assert torch.equal(chosen[batch.token_mask_BS], 1 - batch.task_ids_BS[batch.token_mask_BS])
 
 

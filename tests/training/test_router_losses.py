@@ -19,7 +19,7 @@ from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch, collate, collate_packed
-from moe_medical.evaluation.objective import TokenWeights, token_losses
+from moe_medical.evaluation.loss import TokenWeights, token_losses
 from moe_medical.training.binding import bind_batch
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.step import accumulate
@@ -90,7 +90,7 @@ def forward(
         with bind_batch(context, batch):
             tokens = token_losses(engine, batch)
             language = language + (tokens.losses * weights(tokens)).sum()
-            rows.append([routing.logits_TE for routing in context.routings.values()])
+            rows.append([routing.logits_TE for routing in context.record.routings.values()])
             kinds += (1 - batch.task_ids_BS.flatten()).tolist()
     return language, [torch.cat(layer) for layer in zip(*rows, strict=True)], kinds
 
@@ -134,7 +134,7 @@ def test_losses_of_single_tokens_look_at_nothing_in_advance(whole: Any):
     passes: list[str] = []
     config = replace(CONFIG, balance_coefficient=0.0, divergence_coefficient=0.0, localized_coefficient=0.0)
     engine, context = tiny_engine(config)
-    engine.module.register_forward_pre_hook(lambda *_: passes.append(context.pass_name))
+    engine.module.register_forward_pre_hook(lambda *_: passes.append(context.current.name))
     losses, batches = RouterLosses(engine, context, config, "global_batch"), micro_batches("accumulated")
     accumulate(engine, context, losses, batches, counts_of(batches))  # type: ignore[arg-type]
     assert passes == ["train"] * 3
@@ -149,7 +149,7 @@ def test_what_is_drawn_is_drawn_alike_in_advance():
     chosen, probs, tokens = torch.zeros(6, 4), torch.zeros(6, 4), counts_of(batches).all_tokens
 
     def look() -> None:
-        for row, routing in enumerate(context.routings.values()):
+        for row, routing in enumerate(context.record.routings.values()):
             chosen[row] += torch.bincount(routing.expert_ids_TK.flatten(), minlength=4)
             probs[row] += routing.probs_TE.detach().sum(0)
 
@@ -238,7 +238,7 @@ def _by_autograd(run: str) -> tuple[dict[str, float], float]:
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
     from moe_medical.config import load_config, resolve_adapters
-    from moe_medical.data.formats import Encoded
+    from moe_medical.data.chat import Encoded
 
     config = load_config(run)
     model = load_base(locate_base(config.model), "float32").train()

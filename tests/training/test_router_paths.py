@@ -18,7 +18,7 @@ from moe_medical.config import load_config
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch, collate_packed
 from moe_medical.errors import ConfigError
-from moe_medical.evaluation.objective import TokenLosses, TokenWeights, token_losses
+from moe_medical.evaluation.loss import TokenLosses, TokenWeights, token_losses
 from moe_medical.training.binding import bind_batch
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.router_paths import ONE_PATH, RouterPaths

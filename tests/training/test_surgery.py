@@ -17,7 +17,7 @@ from moe_medical.training.surgery import combination
 
 if TYPE_CHECKING:
     from moe_medical.data.batches import Batch
-    from moe_medical.evaluation.objective import TokenWeights
+    from moe_medical.evaluation.loss import TokenWeights
     from moe_medical.training.step import StepCounts
     from moe_medical.training.trainer import Trainer
 
@@ -120,7 +120,7 @@ class _Step:
     """The first step of a run, ready to go."""
 
     def __init__(self, layout: Layout, run: str, topology: Any, *settings: str, turned: bool = False) -> None:
-        from moe_medical.evaluation.objective import TokenWeights
+        from moe_medical.evaluation.loss import TokenWeights
         from moe_medical.training.step import count_step
 
         self.trainer: Trainer = start(layout, run, topology, settings)

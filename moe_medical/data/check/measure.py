@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_medical.config.schema import DataSection
 from moe_medical.console import ProgressLine, progress_line
+from moe_medical.data.chat import ChatFormat
 from moe_medical.data.check.report import (
     CheckReport,
     Labels,
@@ -28,7 +29,6 @@ from moe_medical.data.check.report import (
     SplitReport,
     TaskReport,
 )
-from moe_medical.data.formats import ChatFormat
 from moe_medical.data.hygiene import (
     Comparison,
     Duplicates,

@@ -7,7 +7,7 @@ have exactly their names and shapes: what is written can be loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,10 +22,9 @@ from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.foreign import ming, moe_peft, moelora
-from moe_medical.interop.foreign.base import BaseLayers
-from moe_medical.interop.foreign.parts import CONFIG_FILE, Imported, Source
-from moe_medical.interop.foreign.peft_lora import read_peft_lora
-from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.base_layers import BaseLayers
+from moe_medical.interop.foreign.peft import read_peft_lora
+from moe_medical.interop.foreign.source import CONFIG_FILE, Imported, Settings, Source
 
 Kind = Literal["auto", "peft", "ming", "moelora", "mixlora", "moe-peft"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -89,12 +88,11 @@ def import_adapter(
         DataError: A file is unreadable.
         SecurityRefusal: A pickle without leave, or one that asks for more than tensors.
     """
-    source, out = Path(source), Path(out)
     _refuse_target(source, out)
     reader = _kind_of(source) if kind == "auto" else kind
     layers = BaseLayers.of(locate_base(ModelSection(base)))
     imported = _reader(reader, source)(Source(source, layers, tuple(tasks), allow_pickle))
-    state = _state(imported, layers)
+    state = _checked_state(imported, layers)
     made_for = str(Settings.read(source / CONFIG_FILE).values.get("base_model_name_or_path") or "unknown")
     meta: dict[str, Any] = {
         "base_model": base,
@@ -104,9 +102,15 @@ def import_adapter(
         "imported_from": {"kind": reader, "base_model": made_for},
     }
     save_adapter(out, state, imported.config, meta)
-    count = sum(tensor.numel() for tensor in state.values())
-    modules = len(imported.low_rank)
-    return ImportReport(out, reader, made_for, imported.config, modules, count, imported.dropped)
+    return ImportReport(
+        adapter=out,
+        kind=reader,
+        made_for=made_for,
+        config=imported.config,
+        num_modules=len(imported.low_rank),
+        num_parameters=sum(tensor.numel() for tensor in state.values()),
+        dropped=imported.dropped,
+    )
 
 
 def _kind_of(source: Path) -> str:
@@ -141,35 +145,36 @@ def _refuse_target(source: Path, out: Path) -> None:
         ours = json.loads(config.read_text(encoding="utf-8")).get("format") == FORMAT
     except FileNotFoundError:
         ours = True
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):  # no JSON, or no object
         ours = False
     if not ours or out.resolve() == source.resolve():
-        problem = Problem(
-            "--out", "must not hold another program's adapter", str(out), "Choose another folder."
-        )
-        raise ConfigError("import", [problem])
+        rule = "must not hold another program's adapter"
+        raise ConfigError("import", [Problem("--out", rule, str(out), "Choose another folder.")])
 
 
-def _state(imported: Imported, layers: BaseLayers) -> dict[str, Tensor]:
-    """Our state, in the order of the base's modules, checked against what attaching would make."""
+def _checked_state(imported: Imported, layers: BaseLayers) -> dict[str, Tensor]:
+    """Our state, in the order of the base's modules, checked against what attaching would make.
+
+    Raises:
+        ConfigError: A name or shape differs.
+    """
     attach_adapters(layers.model, imported.config, seed=0)
     wanted = {name: tuple(p.shape) for name, p in adapter_parameters(layers.model).items()}
-    given = _named(imported, wanted)
+    given = _by_our_names(imported, wanted)
     wrong = [name for name, shape in wanted.items() if name not in given or tuple(given[name].shape) != shape]
-    if wrong or len(given) != len(wanted):
-        names = sorted({*wrong, *(given.keys() - wanted.keys())})
+    if names := sorted({*wrong, *(given.keys() - wanted.keys())}):
         rule = f"could not be put on {layers.name} as {imported.config.preset}"
         raise ConfigError("import", [Problem(name, rule) for name in names])
     return {name: given[name].contiguous() for name in wanted}
 
 
-def _named(imported: Imported, wanted: Mapping[str, object]) -> dict[str, Tensor]:
-    """By our names; the router that all share is where the first layer has it."""
+def _by_our_names(imported: Imported, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Full parameter name -> tensor; a router that all modules share is where the first layer has it."""
     state: dict[str, Tensor] = {}
-    for module, low_rank in imported.low_rank.items():
-        state |= {f"{module}.lora_A": low_rank.A, f"{module}.lora_B": low_rank.B}
-    for module, (A, B) in imported.shared.items():
-        state |= {f"{module}.shared_A": A, f"{module}.shared_B": B}
+    for module, factors in imported.low_rank.items():
+        state |= {f"{module}.lora_A": factors.A, f"{module}.lora_B": factors.B}
+    for module, factors in imported.shared.items():
+        state |= {f"{module}.shared_A": factors.A, f"{module}.shared_B": factors.B}
     state |= {f"{module}.magnitude": magnitude for module, magnitude in imported.magnitudes.items()}
     owner = next((name.rpartition(".router.")[0] for name in wanted if ".router." in name), "")
     for module, router in imported.routers.items():

@@ -15,25 +15,27 @@ Sampled experts are refused: there a sample is weighed by its raw logits, also i
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from moe_medical.config.presets import PRESETS
-from moe_medical.interop.foreign.ledger import Ledger
-from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import (
-    PREFIX,
-    check_settings,
-    foreign_modules,
-    take_loras,
+from moe_medical.interop.foreign.peft import PREFIX, check_settings, foreign_modules, take_loras
+from moe_medical.interop.foreign.source import (
+    MAX_EXPERTS,
+    WEIGHT_FILES,
+    Factors,
+    Imported,
+    Scale,
+    Settings,
+    Source,
+    TensorReader,
+    in_common_scale,
 )
-from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale, in_scale
-from moe_medical.interop.foreign.settings import Settings
 
 EXPERT_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 MODEL_FILE = "config.json"
-MAX_EXPERTS = 1024
 _MODULE = re.compile(r"(?P<module>.+?)\.(switch|experts|share_experts)\..+")
 
 
@@ -47,33 +49,36 @@ class _Experts:
     balance: float
 
     @classmethod
-    def of(cls, settings: Settings) -> _Experts:
-        settings.must_be(
-            "expert_selection", "top_k", fix="A sample's raw logits as weights are not supported."
+    def of(cls, model: Settings) -> _Experts:
+        fix = "A sample's raw logits as weights are not supported."
+        model.must_be("expert_selection", "top_k", fix=fix)
+        count = model.whole("num_experts", most=MAX_EXPERTS)
+        return cls(
+            count=count,
+            top_k=model.whole("num_experts_per_token", 2, count),
+            shared=model.whole("num_share_experts", 1, MAX_EXPERTS) if model.flag("share_expert") else 0,
+            balance=model.number("lbl_loss_coeff", 0.0) if model.flag("use_lbl_loss") else 0.0,
         )
-        shared = settings.whole("num_share_experts", 1, MAX_EXPERTS) if settings.flag("share_expert") else 0
-        balance = settings.number("lbl_loss_coeff", 0.0) if settings.flag("use_lbl_loss") else 0.0
-        count = settings.whole("num_experts", most=MAX_EXPERTS)
-        return cls(count, settings.whole("num_experts_per_token", 2, count), shared, balance)
 
 
 def read_ming(source: Source) -> Imported:
     """A MING folder -> preset `ming_moe`."""
-    settings, model = source.settings(), source.settings(MODEL_FILE)
+    settings = source.settings()
     check_settings(settings, "LORA")
     settings.must_be_unset("use_dora")
+    model = source.settings(MODEL_FILE)
     experts = _Experts.of(model)
     settings.refuse()
     model.refuse()
+    attention = _take_attention(source, settings)
+    reader = source.reader(*EXPERT_FILES)
+    names = _expert_modules(reader, source)
     scale = Scale(settings.whole("r"), settings.number("lora_alpha"), settings.flag("use_rslora"))
-    attention = _attention(source, settings)
-    ledger = source.ledger(source.tensors(*EXPERT_FILES))
-    names = _modules(ledger, source)
-    routed = {ours: _take_experts(ledger, name, source, ours, experts, scale) for ours, name in names.items()}
-    routers = {ours: _take_switch(ledger, name, source, ours, experts) for ours, name in names.items()}
-    shared = _take_shared(ledger, names, source, experts, scale)
-    ledger.refuse()
-    common, low_rank = common_scale({**routed, **attention})
+    routed = _take_experts(reader, source, names, experts, scale)
+    routers = _take_switches(reader, source, names, experts)
+    shared = _take_shared(reader, source, names, experts, scale)
+    reader.refuse()
+    common, low_rank = in_common_scale({**routed, **attention})
     config = replace(
         PRESETS["ming_moe"],
         num_experts=experts.count,
@@ -83,66 +88,78 @@ def read_ming(source: Source) -> Imported:
         rank=common.rank,
         alpha=common.alpha,
         rs_lora=common.rs_lora,
-        dropout=settings.share("lora_dropout"),
+        dropout=settings.fraction("lora_dropout"),
         molora=source.layers.patterns(routed),
         lora=source.layers.patterns(attention),
     )
-    scaled = {name: in_scale(LowRank(*pair, scale), common) for name, pair in shared.items()}
-    return Imported(config, low_rank, routers, {name: (p.A, p.B) for name, p in scaled.items()})
+    shared = {name: factors.rescaled(common) for name, factors in shared.items()}
+    return Imported(config, low_rank, routers, shared)
 
 
-def _attention(source: Source, settings: Settings) -> dict[str, LowRank]:
+def _take_attention(source: Source, settings: Settings) -> dict[str, Factors]:
+    """Plain LoRAs, in a file of their own; none where the attention was not trained."""
     if source.file(*WEIGHT_FILES) is None:
         return {}
-    ledger = source.ledger(source.tensors(*WEIGHT_FILES))
-    names = foreign_modules(ledger, source.layers)
-    low_rank = take_loras(ledger, settings, source.layers, names)
-    ledger.refuse()
+    reader = source.reader(*WEIGHT_FILES)
+    low_rank = take_loras(reader, settings, source.layers, foreign_modules(reader, source.layers))
+    reader.refuse()
     return low_rank
 
 
-def _modules(ledger: Ledger, source: Source) -> dict[str, str]:
+def _expert_modules(reader: TensorReader, source: Source) -> dict[str, str]:
     """Linears of the base's MLPs, all of which have experts -> their foreign names."""
-    matches = (_MODULE.fullmatch(name) for name in ledger.tensors)
-    names = dict.fromkeys(match["module"] for match in matches if match)
-    resolved = source.layers.resolve({n: _bare(n) for n in names}, ledger.tensors, ledger.source)
+    bare = {}
+    for name in reader.modules(_MODULE):
+        wrapped = name.startswith(PREFIX)
+        bare[name] = name.removeprefix("base_model.").removeprefix("model.") if wrapped else name
+    resolved = source.layers.resolve(bare, reader.tensors, reader.source)
     foreign = {ours: name for name, ours in resolved.items()}
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in bare) else ""
     return {ours: foreign.get(ours, prefix + ours) for ours in source.layers.children(("mlp",))}
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith(PREFIX) else name
-
-
 def _take_experts(
-    ledger: Ledger, name: str, source: Source, ours: str, experts: _Experts, scale: Scale
-) -> LowRank:
-    in_features, out_features = source.layers.sizes[ours]
-    each = range(experts.count)
-    A = [ledger.take(f"{name}.experts.{i}.lora_A_{i}.weight", scale.rank, in_features) for i in each]
-    B = [ledger.take(f"{name}.experts.{i}.lora_B_{i}.weight", out_features, scale.rank) for i in each]
-    return LowRank(stack(A), stack(B), scale)
+    reader: TensorReader, source: Source, names: Mapping[str, str], experts: _Experts, scale: Scale
+) -> dict[str, Factors]:
+    found = {}
+    for ours, name in names.items():
+        in_features, out_features = source.layers.sizes[ours]
+        # An expert's number stands in its tensors' names twice.
+        names_A = [f"{name}.experts.{i}.lora_A_{i}.weight" for i in range(experts.count)]
+        names_B = [f"{name}.experts.{i}.lora_B_{i}.weight" for i in range(experts.count)]
+        A = reader.take_stacked(names_A, scale.rank, in_features)
+        B = reader.take_stacked(names_B, out_features, scale.rank)
+        found[ours] = Factors(A, B, scale)
+    return found
 
 
-def _take_switch(
-    ledger: Ledger, name: str, source: Source, ours: str, experts: _Experts
-) -> dict[str, Tensor]:
-    weight = ledger.take(f"{name}.switch.weight", experts.count, source.layers.sizes[ours][0])
-    return {"weight": weight, "bias": ledger.take(f"{name}.switch.bias", experts.count)}
+def _take_switches(
+    reader: TensorReader, source: Source, names: Mapping[str, str], experts: _Experts
+) -> dict[str, dict[str, Tensor]]:
+    """Each linear has a router of its own, a linear layer with a bias."""
+    found = {}
+    for ours, name in names.items():
+        in_features, _ = source.layers.sizes[ours]
+        weight = reader.take(f"{name}.switch.weight", experts.count, in_features)
+        found[ours] = {"weight": weight, "bias": reader.take(f"{name}.switch.bias", experts.count)}
+    return found
 
 
 def _take_shared(
-    ledger: Ledger, names: dict[str, str], source: Source, experts: _Experts, scale: Scale
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """One adapter of rank n r is n of rank r, each with weight 1."""
+    reader: TensorReader, source: Source, names: Mapping[str, str], experts: _Experts, scale: Scale
+) -> dict[str, Factors]:
+    """MING's one shared adapter of rank S r is S shared experts of rank r, each with weight 1.
+
+    B A is a sum over the rank, so that it can be cut anywhere: A by rows, B by columns.
+    """
     if not experts.shared:
         return {}
-    found, rank = {}, experts.shared * scale.rank
+    each = (experts.shared, scale.rank)
+    found = {}
     for ours, name in names.items():
         in_features, out_features = source.layers.sizes[ours]
-        A = ledger.take(f"{name}.share_experts.lora_A.weight", rank, in_features)
-        B = ledger.take(f"{name}.share_experts.lora_B.weight", out_features, rank)
-        B_FSR = B.unflatten(1, (experts.shared, scale.rank))
-        found[ours] = A.unflatten(0, (experts.shared, scale.rank)), B_FSR.transpose(0, 1)
+        A = reader.take(f"{name}.share_experts.lora_A.weight", experts.shared * scale.rank, in_features)
+        B = reader.take(f"{name}.share_experts.lora_B.weight", out_features, experts.shared * scale.rank)
+        B_FSR = B.unflatten(1, each)
+        found[ours] = Factors(A.unflatten(0, each), B_FSR.transpose(0, 1), scale)
     return found

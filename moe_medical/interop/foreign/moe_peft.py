@@ -20,15 +20,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from moe_medical.config.presets import PRESETS
-from moe_medical.interop.foreign.base import tail_of
-from moe_medical.interop.foreign.ledger import Ledger
-from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import check_settings
-from moe_medical.interop.foreign.scale import LowRank, Scale, common_scale
-from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.base_layers import tail_of
+from moe_medical.interop.foreign.peft import check_settings
+from moe_medical.interop.foreign.source import (
+    MAX_EXPERTS,
+    WEIGHT_FILES,
+    Factors,
+    Imported,
+    Scale,
+    Settings,
+    Source,
+    TensorReader,
+    in_common_scale,
+)
 
 PRESET_OF = {"MIXLORA": "mixlora", "MOLA": "mola", "LORAMOE": "lora_moe"}
-MAX_EXPERTS = 1024
 _OWN_KEYS = (
     "routing_strategy", "num_experts", "top_k", "act_fn", "expert_lora", "router_aux_loss_coef",
     "router_loss", "router_init_range", "jitter_noise", "lora_init", "name", "task_name",
@@ -43,45 +49,55 @@ _MODULE = re.compile(r"(?P<module>.+?)(\.experts\.\d+)?\.(lora_[AB]|moe_gate)\.w
 
 @dataclass(frozen=True)
 class _Kind:
-    """One folder's settings."""
+    """What the settings say of one of the three methods."""
 
     peft_type: str
     experts: int
     top_k: int
+    """0 where all experts act."""
     plain: Scale
     routed: Scale
     leaves: frozenset[str]
     """Own names of the adapted linears."""
 
-    @property
-    def prefix(self) -> str:
-        """Of the names of its modules."""
-        return self.peft_type.lower()
+    @classmethod
+    def of(cls, settings: Settings) -> _Kind:
+        peft_type = settings.text("peft_type")
+        experts = settings.whole("num_experts", most=MAX_EXPERTS)
+        leaves = frozenset(_OLD_PROJECTIONS.get(name, name) for name in settings.names("target_modules"))
+        if isinstance(settings.values.get("target_modules"), str):
+            settings.complain("target_modules", "must be names", settings.values["target_modules"])
+        return cls(
+            peft_type=peft_type,
+            experts=experts,
+            top_k=0 if peft_type == "LORAMOE" else settings.whole("top_k", 2, experts),
+            plain=_scale(settings),
+            routed=_scale(_expert_settings(settings)),
+            leaves=leaves,
+        )
 
-    @property
-    def routed_blocks(self) -> tuple[str, ...]:
-        """Whose linears have experts."""
-        return ("mlp", "self_attn") if self.peft_type == "MOLA" else ("mlp",)
-
-    @property
-    def plain_blocks(self) -> tuple[str, ...]:
-        """Whose linears have one LoRA."""
-        return () if self.peft_type == "MOLA" else ("self_attn",)
+    def modules(self, source: Source, routed: bool) -> dict[str, str]:
+        """Linears of the base with experts, or those with one LoRA -> their foreign names."""
+        blocks = ["mlp"] if routed else ["self_attn"]
+        if self.peft_type == "MOLA":  # experts everywhere
+            blocks = ["mlp", "self_attn"] if routed else []
+        found = source.layers.children(blocks, self.leaves)
+        return {ours: f"{self.peft_type.lower()}.layers.{tail_of(ours)}" for ours in found}
 
 
 def read_moe_peft(source: Source) -> Imported:
     """A MixLoRA, MoLA or LoRAMoE folder -> the preset of that name."""
     settings = source.settings()
     kind = _read_kind(settings, source)
-    ledger = source.ledger(_renamed(source.tensors(*WEIGHT_FILES)))
-    _check_modules(ledger, source)
-    routed = _find(source, kind, kind.routed_blocks)
-    plain = _find(source, kind, kind.plain_blocks)
-    low_rank = {ours: _take_experts(ledger, name, source, ours, kind) for ours, name in routed.items()}
-    loras = {ours: _take_lora(ledger, name, source, ours, kind) for ours, name in plain.items()}
-    routers = _take_gates(ledger, routed, source, kind)
-    ledger.refuse()
-    scale, scaled = common_scale({**low_rank, **loras})
+    reader = source.reader(*WEIGHT_FILES, renamed=_modern)
+    _refuse_another_base(reader, source)
+    routed = kind.modules(source, routed=True)
+    plain = kind.modules(source, routed=False)
+    low_rank = _take_experts(reader, source, routed, kind) | _take_loras(reader, source, plain, kind)
+    routers = _take_gates(reader, source, routed, kind)
+    reader.refuse()
+    scale, low_rank = in_common_scale(low_rank)
+    balance = 0.0 if kind.peft_type == "LORAMOE" else 0.001  # MoE-PEFT's defaults, which its folders lack
     config = replace(
         PRESETS[PRESET_OF[kind.peft_type]],
         num_experts=kind.experts,
@@ -90,31 +106,28 @@ def read_moe_peft(source: Source) -> Imported:
         rank=scale.rank,
         alpha=scale.alpha,
         rs_lora=scale.rs_lora,
-        dropout=settings.share("lora_dropout"),
+        dropout=settings.fraction("lora_dropout"),
         jitter=settings.number("jitter_noise", 0.0),
-        balance_coefficient=settings.number("router_aux_loss_coef", _balance(kind)),
+        balance_coefficient=settings.number("router_aux_loss_coef", balance),
         molora=source.layers.patterns(routed),
         lora=source.layers.patterns(plain),
     )
-    return Imported(config, scaled, routers)
+    return Imported(config, low_rank, routers)
 
 
 def _read_kind(settings: Settings, source: Source) -> _Kind:
     check_settings(settings, *PRESET_OF, also=_OWN_KEYS)
-    peft_type = settings.text("peft_type")
-    settings.must_be("routing_strategy", *_STRATEGIES.get(peft_type, ()))
+    settings.must_be("routing_strategy", *_STRATEGIES.get(str(settings.values.get("peft_type")), ()))
     settings.must_be_unset("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
     activation = source.layers.activation
     settings.must_be("act_fn", activation, fix=f"{source.layers.name} computes with {activation}.")
-    experts = settings.whole("num_experts", most=MAX_EXPERTS)
-    top_k = 0 if peft_type == "LORAMOE" else settings.whole("top_k", 2, experts)
-    plain, routed = _scale(settings), _scale(_expert_settings(settings))
-    leaves = _leaves(settings)
+    kind = _Kind.of(settings)
     settings.refuse()
-    return _Kind(peft_type, experts, top_k, plain, routed, leaves)
+    return kind
 
 
 def _expert_settings(settings: Settings) -> Settings:
+    """Those of the experts: the folder's, but for what `expert_lora` says otherwise."""
     own = settings.values.get("expert_lora") or {}
     if not isinstance(own, dict):
         settings.complain("expert_lora", "must be an object", own)
@@ -130,25 +143,8 @@ def _scale(settings: Settings) -> Scale:
     return Scale(settings.whole("r"), alpha, settings.flag("use_rslora"))
 
 
-def _leaves(settings: Settings) -> frozenset[str]:
-    """`target_modules` is a list, or an object of name -> whether."""
-    if isinstance(settings.values.get("target_modules"), str):
-        settings.complain("target_modules", "must be names", settings.values["target_modules"])
-        return frozenset()
-    return frozenset(_OLD_PROJECTIONS.get(name, name) for name in settings.names("target_modules"))
-
-
-def _balance(kind: _Kind) -> float:
-    """MoE-PEFT's own default, which its folders do not name."""
-    return 0.0 if kind.peft_type == "LORAMOE" else 0.001
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first layout's names as today's."""
-    return {_modern(name): tensor for name, tensor in tensors.items()}
-
-
 def _modern(name: str) -> str:
+    """A name of the first layout as today's; any other as it is."""
     if gate := _OLD_GATE.fullmatch(name):
         return f"{gate[1]}.mlp.moe_gate.weight"
     if expert := _OLD_EXPERT.fullmatch(name):
@@ -157,43 +153,50 @@ def _modern(name: str) -> str:
     return name
 
 
-def _check_modules(ledger: Ledger, source: Source) -> None:
-    """Refuse the folder of another model in one line."""
-    matches = (_MODULE.fullmatch(name) for name in ledger.tensors)
-    names = dict.fromkeys(match["module"] for match in matches if match)
-    modules = {name: name for name in names if not name.endswith(".mlp")}
-    source.layers.resolve(modules, ledger.tensors, ledger.source)
+def _refuse_another_base(reader: TensorReader, source: Source) -> None:
+    """In one line, rather than by each tensor; a gate of a whole block belongs to no linear layer."""
+    modules = {name: name for name in reader.modules(_MODULE) if not name.endswith(".mlp")}
+    source.layers.resolve(modules, reader.tensors, reader.source)
 
 
-def _find(source: Source, kind: _Kind, blocks: tuple[str, ...]) -> dict[str, str]:
-    """Adapted linears of these blocks -> their foreign names."""
-    found = source.layers.children(blocks, kind.leaves)
-    return {ours: f"{kind.prefix}.layers.{tail_of(ours)}" for ours in found}
+def _take_experts(
+    reader: TensorReader, source: Source, names: Mapping[str, str], kind: _Kind
+) -> dict[str, Factors]:
+    rank = kind.routed.rank
+    found = {}
+    for ours, name in names.items():
+        in_features, out_features = source.layers.sizes[ours]
+        experts = [f"{name}.experts.{i}" for i in range(kind.experts)]
+        A = reader.take_stacked((f"{expert}.lora_A.weight" for expert in experts), rank, in_features)
+        B = reader.take_stacked((f"{expert}.lora_B.weight" for expert in experts), out_features, rank)
+        found[ours] = Factors(A, B, kind.routed)
+    return found
 
 
-def _take_experts(ledger: Ledger, name: str, source: Source, ours: str, kind: _Kind) -> LowRank:
-    in_features, out_features = source.layers.sizes[ours]
-    rank, each = kind.routed.rank, range(kind.experts)
-    A = [ledger.take(f"{name}.experts.{i}.lora_A.weight", rank, in_features) for i in each]
-    B = [ledger.take(f"{name}.experts.{i}.lora_B.weight", out_features, rank) for i in each]
-    return LowRank(stack(A), stack(B), kind.routed)
-
-
-def _take_lora(ledger: Ledger, name: str, source: Source, ours: str, kind: _Kind) -> LowRank:
-    (in_features, out_features), rank = source.layers.sizes[ours], kind.plain.rank
-    A = ledger.take(f"{name}.lora_A.weight", rank, in_features)
-    return LowRank(A, ledger.take(f"{name}.lora_B.weight", out_features, rank), kind.plain)
+def _take_loras(
+    reader: TensorReader, source: Source, names: Mapping[str, str], kind: _Kind
+) -> dict[str, Factors]:
+    rank = kind.plain.rank
+    found = {}
+    for ours, name in names.items():
+        in_features, out_features = source.layers.sizes[ours]
+        A = reader.take(f"{name}.lora_A.weight", rank, in_features)
+        B = reader.take(f"{name}.lora_B.weight", out_features, rank)
+        found[ours] = Factors(A, B, kind.plain)
+    return found
 
 
 def _take_gates(
-    ledger: Ledger, routed: Mapping[str, str], source: Source, kind: _Kind
+    reader: TensorReader, source: Source, names: Mapping[str, str], kind: _Kind
 ) -> dict[str, Mapping[str, Tensor]]:
-    """By module, or with MixLoRA by block."""
+    """Weight (E, D) of each linear's router; with MixLoRA of each FFN block's, which reads its input."""
     gates: dict[str, Mapping[str, Tensor]] = {}
-    for ours, name in routed.items():
-        width = source.layers.sizes[ours][0]
+    for ours, name in names.items():
+        width, _ = source.layers.sizes[ours]
         if kind.peft_type == "MIXLORA":
-            ours, name, width = ours.rpartition(".")[0], name.rpartition(".")[0], source.layers.width
-        if ours not in gates:
-            gates[ours] = {"weight": ledger.take(f"{name}.moe_gate.weight", kind.experts, width)}
+            ours = ours.rpartition(".")[0]
+            name = name.rpartition(".")[0]
+            width = source.layers.width
+        if ours not in gates:  # the linears of a block share its gate
+            gates[ours] = {"weight": reader.take(f"{name}.moe_gate.weight", kind.experts, width)}
     return gates

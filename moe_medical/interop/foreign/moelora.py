@@ -9,7 +9,7 @@
         base_model.model.MODULE.lora_B.loraB.I.mlp.weight    (F, r / E)
 
 Each expert's `.mlp.weight` is there a second time as `.weight`. Under MMOELORAS every module holds a gate and
-an embedding that its forward never uses: those are dropped and told of. Task ids count from 1, ours from 0.
+an embedding that its forward never uses: those are left out, and named. Task ids count from 1, ours from 0.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from moe_medical.config.presets import PRESETS, TASK_FEATURES
 from moe_medical.errors import ConfigError, Problem
-from moe_medical.interop.foreign.ledger import Ledger
-from moe_medical.interop.foreign.parts import WEIGHT_FILES, Imported, Source, stack
-from moe_medical.interop.foreign.peft_lora import PREFIX, check_settings
-from moe_medical.interop.foreign.scale import LowRank, Scale
-from moe_medical.interop.foreign.settings import Settings
+from moe_medical.interop.foreign.peft import PREFIX, check_settings
+from moe_medical.interop.foreign.source import (
+    MAX_EXPERTS,
+    WEIGHT_FILES,
+    Factors,
+    Imported,
+    Scale,
+    Settings,
+    Source,
+    TensorReader,
+)
 
 SHARED, EACH = "MMOELORAS", "MMOELORA"
-MAX_EXPERTS = 1024
 _OWN_KEYS = ("expert_num", "task_num", "task_embedding_dim")
 _MODULE = re.compile(r"(?P<module>.+)\.(lora_A\.loraA|lora_B\.loraB|lora_gate|lora_task_embedding)\..+")
 _DEAD = re.compile(r".+\.(lora_gate\.GateL\.weight|lora_task_embedding\.weight)")
@@ -43,21 +48,22 @@ class _Gate:
     experts: int
     tasks: int
     features: int
+    """H, of a task's embedding."""
     scale: Scale
-    """Of the whole rank."""
-
-    @property
-    def expert_rank(self) -> int:
-        return self.scale.rank // self.experts
+    """Of the whole rank, which the experts share between them."""
 
     @classmethod
     def of(cls, settings: Settings) -> _Gate:
-        experts, rank = settings.whole("expert_num", most=MAX_EXPERTS), settings.whole("r")
+        experts = settings.whole("expert_num", most=MAX_EXPERTS)
+        rank = settings.whole("r")
         if rank % experts:
             settings.complain("r", f"must be a multiple of expert_num, {experts}", rank)
-        features = settings.whole("task_embedding_dim", TASK_FEATURES, TASK_FEATURES)
-        scale = Scale(rank, settings.number("lora_alpha", zero=False))
-        return cls(experts, settings.whole("task_num"), features, scale)
+        return cls(
+            experts=experts,
+            tasks=settings.whole("task_num"),
+            features=settings.whole("task_embedding_dim", TASK_FEATURES, TASK_FEATURES),
+            scale=Scale(rank, settings.number("lora_alpha", zero=False)),
+        )
 
 
 def read_moelora(source: Source) -> Imported:
@@ -65,18 +71,20 @@ def read_moelora(source: Source) -> Imported:
     settings = source.settings()
     check_settings(settings, SHARED, EACH, also=_OWN_KEYS)
     settings.must_be_unset("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-    gate, shared = _Gate.of(settings), settings.text("peft_type") == SHARED
+    gate = _Gate.of(settings)
+    shared = settings.text("peft_type") == SHARED
     settings.refuse()
     _check_tasks(source, gate.tasks)
-    ledger = source.ledger(source.tensors(*WEIGHT_FILES))
-    names = _modules(ledger, source, settings)
-    low_rank = {ours: _take_experts(ledger, name, source, ours, gate) for ours, name in names.items()}
+    reader = source.reader(*WEIGHT_FILES)
+    names = _expert_modules(reader, source, settings)
+    low_rank = _take_experts(reader, source, names, gate)
     if shared:
-        routers = {"": _take_gate(ledger, "", gate)}
-        ledger.drop(name for name in ledger.tensors if _DEAD.fullmatch(name))
+        routers = {"": _take_gate(reader, "", gate)}
+        # Every module is built with a gate and an embedding of its own too, which its forward never uses.
+        reader.drop(name for name in reader.tensors if _DEAD.fullmatch(name))
     else:
-        routers = {ours: _take_gate(ledger, f"{name}.", gate) for ours, name in names.items()}
-    ledger.refuse()
+        routers = {ours: _take_gate(reader, f"{name}.", gate) for ours, name in names.items()}
+    reader.refuse()
     config = replace(
         PRESETS["moelora"],
         router_scope="model" if shared else "module",
@@ -84,10 +92,10 @@ def read_moelora(source: Source) -> Imported:
         num_tasks=gate.tasks,
         rank=gate.scale.rank,
         alpha=gate.scale.alpha,
-        dropout=settings.share("lora_dropout"),
+        dropout=settings.fraction("lora_dropout"),
         molora=source.layers.patterns(low_rank),
     )
-    return Imported(config, low_rank, routers, dropped=ledger.dropped)
+    return Imported(config, low_rank, routers, dropped=reader.dropped)
 
 
 def _check_tasks(source: Source, count: int) -> None:
@@ -99,41 +107,42 @@ def _check_tasks(source: Source, count: int) -> None:
     raise ConfigError("import", [Problem("--tasks", rule, list(source.tasks), fix)])
 
 
-def _modules(ledger: Ledger, source: Source, settings: Settings) -> dict[str, str]:
-    """Adapted linears of the base -> their foreign names; its program matches ends of names, dot or not."""
-    matches = (_MODULE.fullmatch(name) for name in ledger.tensors)
-    names = dict.fromkeys(match["module"] for match in matches if match)
-    bare = {name: name.removeprefix(PREFIX) for name in names}
-    resolved = source.layers.resolve(bare, ledger.tensors, ledger.source)
+def _expert_modules(reader: TensorReader, source: Source, settings: Settings) -> dict[str, str]:
+    """Adapted linears of the base, those that the settings or the tensors name -> their foreign names."""
+    bare = {name: name.removeprefix(PREFIX) for name in reader.modules(_MODULE)}
+    resolved = source.layers.resolve(bare, reader.tensors, reader.source)
     foreign = {ours: name for name, ours in resolved.items()}
-    wanted = [ours for ours in source.layers.sizes if _is_target(settings, ours)]
+    pattern = settings.values.get("target_modules")
+    if isinstance(pattern, str):
+        wanted = [ours for ours in source.layers.sizes if re.fullmatch(pattern, ours)]
+    else:  # its program takes any end of a name, a dot before it or not
+        ends = tuple(settings.names("target_modules"))
+        wanted = [ours for ours in source.layers.sizes if ours.endswith(ends)]
     return {ours: foreign.get(ours, PREFIX + ours) for ours in dict.fromkeys([*wanted, *foreign])}
 
 
-def _is_target(settings: Settings, name: str) -> bool:
-    pattern = settings.values.get("target_modules")
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return name.endswith(tuple(settings.names("target_modules")))
+def _take_experts(
+    reader: TensorReader, source: Source, names: Mapping[str, str], gate: _Gate
+) -> dict[str, Factors]:
+    rank = gate.scale.rank // gate.experts
+    found = {}
+    for ours, name in names.items():
+        in_features, out_features = source.layers.sizes[ours]
+        experts_A = [f"{name}.lora_A.loraA.{i}" for i in range(gate.experts)]
+        experts_B = [f"{name}.lora_B.loraB.{i}" for i in range(gate.experts)]
+        # An expert's linear layer is a child of it, whose weight is registered as the expert's own too.
+        for expert in (*experts_A, *experts_B):
+            reader.take_copy(f"{expert}.weight", f"{expert}.mlp.weight")
+        A = reader.take_stacked((f"{expert}.mlp.weight" for expert in experts_A), rank, in_features)
+        B = reader.take_stacked((f"{expert}.mlp.weight" for expert in experts_B), out_features, rank)
+        found[ours] = Factors(A, B, gate.scale)
+    return found
 
 
-def _take_experts(ledger: Ledger, name: str, source: Source, ours: str, gate: _Gate) -> LowRank:
-    in_features, out_features = source.layers.sizes[ours]
-    A, B = f"{name}.lora_A.loraA", f"{name}.lora_B.loraB"
-    for i in range(gate.experts):
-        for side in (A, B):
-            ledger.take_copy(f"{side}.{i}.weight", f"{side}.{i}.mlp.weight")
-    each = range(gate.experts)
-    return LowRank(
-        stack([ledger.take(f"{A}.{i}.mlp.weight", gate.expert_rank, in_features) for i in each]),
-        stack([ledger.take(f"{B}.{i}.mlp.weight", out_features, gate.expert_rank) for i in each]),
-        gate.scale,
-    )
-
-
-def _take_gate(ledger: Ledger, prefix: str, gate: _Gate) -> Mapping[str, Tensor]:
-    """Without the padding's row; narrower embeddings are filled up with zeros, which change no logit."""
-    embedding = ledger.take(f"{prefix}lora_task_embedding.weight", gate.tasks + 1, gate.features)
-    weight = ledger.take(f"{prefix}lora_gate.GateL.weight", gate.experts, gate.features)
+def _take_gate(reader: TensorReader, prefix: str, gate: _Gate) -> dict[str, Tensor]:
+    """Embedding (tasks, H) and weight (E, H) of a gate, its logits W e."""
+    embedding = reader.take(f"{prefix}lora_task_embedding.weight", gate.tasks + 1, gate.features)
+    weight = reader.take(f"{prefix}lora_gate.GateL.weight", gate.experts, gate.features)
+    # Row 0 pads lists of tasks; theirs count from 1. Zeros fill a narrower H up, and change no logit.
     missing = TASK_FEATURES - gate.features
-    return {"embedding": F.pad(embedding[1:], (0, missing)), "weight": F.pad(weight, (0, missing))}
+    return {"embedding": pad(embedding[1:], (0, missing)), "weight": pad(weight, (0, missing))}

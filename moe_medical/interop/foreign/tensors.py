@@ -36,22 +36,19 @@ def read_tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
         DataError: Unreadable, or something else than a flat state of float tensors.
     """
     if path.suffix == ".safetensors":
-        return _checked(path, _read_safetensors(path))
+        try:
+            return _checked(path, load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: is not a readable safetensors file ({error}).") from None
     if not allow_pickle:
         raise SecurityRefusal(
             f"{path}: the weights are a pickle, which can run code. Give --convert-pickle to read it with "
             "the restricted loader, which takes tensors only."
         )
+    # In this order: sizes from the archive's index, then names from the opcodes, and only then the objects.
     _refuse_inflated(path)
     _refuse_code(path)
     return _checked(path, _read_pickle(path))
-
-
-def _read_safetensors(path: Path) -> object:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: is not a readable safetensors file ({error}).") from None
 
 
 def _refuse_inflated(path: Path) -> None:
@@ -60,12 +57,13 @@ def _refuse_inflated(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile) as error:
-        why = f"is not a readable file of torch.save in its zip format ({error})"
-        raise DataError(f"{path}: {why}.") from None
-    programs = [entry for entry in entries if entry.filename.endswith(".pkl")]
+        rule = f"is not a readable file of torch.save in its zip format ({error})"
+        raise DataError(f"{path}: {rule}.") from None
     total = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or total > path.stat().st_size:
         raise SecurityRefusal(f"{path}: is refused, for it unpacks to more than its own size.")
+    # A pickle can also build a lot out of little: its program is bounded, not only its data.
+    programs = [entry for entry in entries if entry.filename.endswith(".pkl")]
     if len(entries) > MAX_TENSORS or sum(entry.file_size for entry in programs) > MAX_PROGRAM_BYTES:
         raise SecurityRefusal(f"{path}: is refused, for it holds more than {MAX_TENSORS} tensors.")
 
@@ -83,6 +81,7 @@ def _refuse_code(path: Path) -> None:
 
 def _read_pickle(path: Path) -> object:
     try:
+        # `mmap`: storages that the state does not use are never read.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
         raise SecurityRefusal(
