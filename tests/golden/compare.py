@@ -1,6 +1,6 @@
 """Compare this tree with an older commit, bit for bit, on this machine.
 
-    make golden BASE=<commit> [ONLY=NAME,...]        or        python -m golden.compare <commit> [--only NAME,...]
+    make golden BASE=<commit> [ONLY=NAME,...]    or    python -m golden.compare <commit> [--only NAME,...]
 
 The base runs its own cases with its own package, out of `git archive`. What it found is kept in
 $TMPDIR/moe-medical-golden by commit and case, so only the first call pays for it. Exit code 1 where anything
