@@ -35,9 +35,8 @@ _CLIENT_GONE = 499
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     """The endpoints of a service; with a key, /v1 asks for it as a bearer token."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _bad_input)
-    app.add_exception_handler(HTTPException, _http_error)
+    for kind in (ApiError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _refusal)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -137,18 +136,14 @@ def _failed() -> ApiError:
     return ApiError(500, "the answer could not be made; see the server's log", "internal_error")
 
 
-async def _api_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status)
-
-
-async def _bad_input(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    refusal = bad_input(list(error.errors()))
-    return JSONResponse(refusal.body(), refusal.status)
-
-
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    refusal = ApiError(error.status_code, str(error.detail), "invalid_request")
-    return JSONResponse(refusal.body(), refusal.status, headers=error.headers)
+async def _refusal(_: Request, error: Exception) -> JSONResponse:
+    """The response to our own errors, to pydantic's about a body, and to Starlette's (no such path, say)."""
+    if isinstance(error, RequestValidationError):
+        refused = bad_input(list(error.errors()))
+    elif isinstance(error, HTTPException):
+        refused = ApiError(error.status_code, str(error.detail), "invalid_request")
+        return JSONResponse(refused.body(), refused.status, headers=error.headers)
+    else:
+        assert isinstance(error, ApiError), f"no handler was asked for {type(error).__name__}"
+        refused = error
+    return JSONResponse(refused.body(), refused.status)

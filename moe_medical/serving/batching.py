@@ -83,7 +83,7 @@ class Batching(Protocol):
         """Requests that wait, and that are being answered."""
 
     def forget(self, adapted: Adapted) -> None:
-        """No more requests for this adapter will come; what it was kept for may be freed."""
+        """No more requests for this adapter will come: free what was kept for it, if anything was."""
 
     def close(self) -> None:
         """Answer what waits, then stop."""

@@ -54,7 +54,7 @@ class ContinuousBatching:
             rule = "must be left out: this server's batching draws from one generator for all requests"
             raise ConfigError("serve", [Problem("seed", rule)])
         with self._lock:
-            if sum(manager.waiting for manager in self._managers.values()) >= self._queue:
+            if sum(manager.load().waiting for manager in self._managers.values()) >= self._queue:
                 raise QueueFull
             manager = self._managers.get(request.adapted)
             if manager is None or not manager.add(request):
@@ -66,8 +66,8 @@ class ContinuousBatching:
     def load(self) -> Load:
         """See `Batching`."""
         with self._lock:
-            managers = list(self._managers.values())
-        return Load(sum(m.waiting for m in managers), sum(m.running for m in managers))
+            loads = [manager.load() for manager in self._managers.values()]
+        return Load(sum(load.waiting for load in loads), sum(load.running for load in loads))
 
     def forget(self, adapted: Adapted) -> None:
         """See `Batching`; its cache is freed when its last request has been answered."""
@@ -99,13 +99,10 @@ class _Manager:
         self._thread = threading.Thread(target=self._deliver, name="continuous")
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        return max(0, len(self._requests) - self._batch_rows)
-
-    @property
-    def running(self) -> int:
-        return min(len(self._requests), self._batch_rows)
+    def load(self) -> Load:
+        """The library does not tell which requests it runs; it runs as many as it may."""
+        running = min(len(self._requests), self._batch_rows)
+        return Load(len(self._requests) - running, running)
 
     def add(self, request: Request) -> bool:
         """Hand a request to the library; False where its thread has ended, which nobody would answer."""

@@ -161,6 +161,7 @@ class Reply:
 
     def __init__(self, kind: Literal["chat", "text"], model: str) -> None:
         self._is_chat = kind == "chat"
+        self._stream_kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._model = model
         self._created = int(time.time())
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -168,31 +169,32 @@ class Reply:
     def whole(self, text: str, reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
         if self._is_chat:
-            choice = self._choice({"message": {"role": "assistant", "content": text}}, reason)
-            return self._object("chat.completion", [choice], usage=usage)
-        return self._object("text_completion", [self._choice({"text": text}, reason)], usage=usage)
+            content = {"message": {"role": "assistant", "content": text}}
+            return self._object("chat.completion", content, reason, usage=usage)
+        return self._object("text_completion", {"text": text}, reason, usage=usage)
 
     def piece(self, text: str = "", reason: str | None = None, first: bool = False) -> dict[str, Any]:
         """The next of a stream: a piece of text, or the end."""
-        if self._is_chat:
-            # The role comes once, with the first piece, even where the answer is empty.
-            delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-            choice = self._choice({"delta": delta}, reason)
-        else:
-            choice = self._choice({"text": text}, reason)
-        return self._object(self._stream_kind, [choice])
+        if not self._is_chat:
+            return self._object(self._stream_kind, {"text": text}, reason)
+        # The role comes once, with the first piece, even where the answer is empty.
+        role = {"role": "assistant"} if first else {}
+        content = {"content": text} if text or first else {}
+        return self._object(self._stream_kind, {"delta": role | content}, reason)
 
     def usage(self, usage: Mapping[str, int]) -> dict[str, Any]:
-        """The last of a stream, where it was asked for."""
-        return self._object(self._stream_kind, [], usage=usage)
+        """The last of a stream, where it was asked for; it has no choice."""
+        return self._object(self._stream_kind, None, None, usage=usage)
 
-    @property
-    def _stream_kind(self) -> str:
-        return "chat.completion.chunk" if self._is_chat else "text_completion"
-
-    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-
-    def _object(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-        return {**head, "choices": choices, **more}
+    def _object(
+        self, kind: str, content: Mapping[str, Any] | None, reason: str | None, **more: Any
+    ) -> dict[str, Any]:
+        choice = {"index": 0, **(content or {}), "logprobs": None, "finish_reason": reason}
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": [] if content is None else [choice],
+            **more,
+        }

@@ -115,10 +115,6 @@ class Service:
         answer.submit(self._batching)
         return answer
 
-    def close(self) -> None:
-        """Answer what waits, then stop."""
-        self._batching.close()
-
     def _load(self, name: str, folder: Path) -> Adapted:
         adapted = self._base.adapt(folder)
         self._batching.check(name, adapted)

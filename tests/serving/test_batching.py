@@ -118,7 +118,7 @@ def test_a_full_queue_is_told_at_once(family: Path) -> None:
             return [await first, second, changed]
 
     answered, refused, unchanged = asyncio.run(ask())
-    service.close()
+    batching.close()
     assert answered.status_code == 200
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert (unchanged.status_code, unchanged.json()["error"]["code"]) == (403, "changes_not_allowed")

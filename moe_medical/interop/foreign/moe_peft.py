@@ -90,7 +90,9 @@ def read_moe_peft(source: Source) -> Imported:
     settings = source.settings()
     kind = _read_kind(settings, source)
     reader = source.reader(*WEIGHT_FILES, renamed=_modern)
-    _refuse_another_base(reader, source)
+    # The folder of another base is refused here, in one line. A block's own gate belongs to no linear layer.
+    modules = {name: name for name in reader.modules(_MODULE) if not name.endswith(".mlp")}
+    source.layers.resolve(modules, reader.tensors, reader.source)
     routed = kind.modules(source, routed=True)
     plain = kind.modules(source, routed=False)
     low_rank = _take_experts(reader, source, routed, kind) | _take_loras(reader, source, plain, kind)
@@ -151,12 +153,6 @@ def _modern(name: str) -> str:
         projection = _OLD_PROJECTIONS.get(expert[3], expert[3])
         return f"{expert[1]}.mlp.{projection}.experts.{expert[2]}.{expert[4]}"
     return name
-
-
-def _refuse_another_base(reader: TensorReader, source: Source) -> None:
-    """In one line, rather than by each tensor; a gate of a whole block belongs to no linear layer."""
-    modules = {name: name for name in reader.modules(_MODULE) if not name.endswith(".mlp")}
-    source.layers.resolve(modules, reader.tensors, reader.source)
 
 
 def _take_experts(
