@@ -33,7 +33,6 @@ import torch
 from datasets_baseline import BATCH, Baseline, Tensors, Tokenise, timed
 
 from moe_medical.base_model import locate_base
-from moe_medical.cache import CACHE_VARIABLE
 from moe_medical.config.schema import Batching, DataSection, ModelSection, TokenCache
 from moe_medical.data.batches import BatchShape, TrainingBatches
 from moe_medical.data.chat import ChatFormat
@@ -42,6 +41,7 @@ from moe_medical.data.sources import load_split, splits_of
 from moe_medical.data.static_mixing import weight_schedule
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
+from moe_medical.files import CACHE_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "data_pipeline.json"

@@ -9,14 +9,13 @@ escaped; only arguments named `html` are taken as they are.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from moe_medical.errors import StorageError
+from moe_medical.files import write_file
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; "
@@ -76,7 +75,7 @@ class Chart:
         config = {**_CHART_CONFIG, "background": "white", "padding": 12, "font": "sans-serif"}
         png = vl_convert.vegalite_to_png(dict(self.spec), scale=2, config=config, allowed_base_urls=[])
         path = folder / f"{self.name}.png"
-        _write(path, png)
+        write_file(path, png)
         return path
 
 
@@ -159,7 +158,7 @@ def write_page(path: Path, title: str, body_html: str) -> None:
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><main>{body_html}</main>{scripts}</body></html>\n"
     )
-    _write(path, page.encode())
+    write_file(path, page)
 
 
 def _libraries() -> str:
@@ -168,16 +167,6 @@ def _libraries() -> str:
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     assert "</script" not in bundle, "the library would end its own script"
     return bundle
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written ({e.strerror}).") from None
 
 
 _DRAW = """

@@ -9,9 +9,6 @@ folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_medical.errors import ConfigError, DataError, Problem, StorageError
+from moe_medical.errors import ConfigError, DataError, Problem
+from moe_medical.files import new_folder
 
 ROUTER_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
@@ -65,22 +63,11 @@ def save_router(folder: Path, router: FittedRouter) -> None:
     refuse_foreign(folder)
     about = {key: value for key, value in asdict(router).items() if key != "tensors"}
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **about}
-    draft = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir(parents=True)
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in router.tensors.items()}
+    with new_folder(folder, replace=True) as draft:
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         (draft / ROUTER_FILE).write_text(text, encoding="utf-8")
-        save_file(
-            {name: t.float().cpu().contiguous() for name, t in router.tensors.items()}, draft / TENSORS_FILE
-        )
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(draft, folder)
-    except (OSError, SafetensorError) as error:
-        reason = f"the router could not be written ({error})"
-        raise StorageError(f"{folder}: {reason}. Free space or fix access.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        save_file(tensors, draft / TENSORS_FILE)
 
 
 def load_router(folder: Path | str) -> FittedRouter:

@@ -9,9 +9,7 @@ renames; a crash between them leaves the old one as `.NAME.old-*`, and no half-w
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,7 +21,8 @@ from torch import Tensor
 
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.validate_adapters import value_problems
-from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal, StorageError
+from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal
+from moe_medical.files import new_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -55,11 +54,11 @@ def save_adapter(
     _refuse_foreign(folder)
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": asdict(config), "meta": meta}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    try:
-        _publish(folder, text, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    except (OSError, SafetensorError) as error:
-        reason = f"the adapter could not be written ({error})"
-        raise StorageError(f"{folder}: {reason}. Free space or fix access.") from error
+    with new_folder(folder, replace=True) as draft:
+        (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)  # safetensors makes it private
 
 
 def load_adapter(folder: Path) -> tuple[MoloraConfig, dict[str, Any], dict[str, Tensor]]:
@@ -81,46 +80,6 @@ def load_adapter(folder: Path) -> tuple[MoloraConfig, dict[str, Any], dict[str, 
         return config, meta, load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder / WEIGHTS_FILE}: is not a readable safetensors file ({error}).") from error
-
-
-def _publish(folder: Path, text: str, state: dict[str, Tensor]) -> None:
-    """Write both files into a folder beside the target, sync, then rename it into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors makes it private
-        for path in (temporary / CONFIG_FILE, temporary / WEIGHTS_FILE, temporary):
-            _fsync(path)
-        _replace(folder, temporary)
-        _fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """rename(2) does not replace a folder that holds files: move the old adapter aside first."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    aside = folder.with_name(new.name.replace(".tmp-", ".old-"))
-    folder.rename(aside)
-    try:
-        new.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -12,9 +12,8 @@ import json
 import logging
 from pathlib import Path
 
-from moe_medical.cache import default_cache, publish_folder
-from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
+from moe_medical.files import default_cache, publish_folder, sha256_file
 
 EMBEDDED_NAME = "smollm2-135m"
 CHECKSUMS = "checksums.json"

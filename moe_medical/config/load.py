@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe_medical.config.schema import RunConfig, TaskOverride
 from moe_medical.config.validate import validate
 from moe_medical.errors import ConfigError, Problem
+from moe_medical.files import write_file
 
 _PATH_KEYS = (("data", "recipe"), ("parallel", "deepspeed"))
 
@@ -46,9 +47,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def save_config(config: RunConfig, path: Path, mode: int | None = None) -> None:
+    """Write the resolved config as YAML that `load_config` reads back; `mode` are the file's permissions."""
+    write_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)), mode)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_medical.data.store import content_key, derived_folder
+from moe_medical.errors import StorageError
+from moe_medical.files import write_json
 
 CHUNK_BYTES = 2**20
 _SETTLED_NS = 2 * 10**9
@@ -129,8 +130,6 @@ def _kept(file: Path) -> Path:
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
     """A cache that cannot be written costs time, nothing else."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft.write_text(json.dumps(value))
-        draft.replace(path)
+        write_json(path, value, indent=None)

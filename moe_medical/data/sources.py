@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_medical.cache import default_cache
 from moe_medical.data.columns import image_content
 from moe_medical.data.examples import ExampleMaker
 from moe_medical.data.fingerprints import Fingerprint, Fingerprinter, fingerprint_file
@@ -38,6 +37,7 @@ from moe_medical.data.recipe import (
 from moe_medical.data.rows import BadRecord, Example, RowWriter, TextRows, record_digest
 from moe_medical.data.store import code_key, content_key, published
 from moe_medical.errors import DataError
+from moe_medical.files import default_cache
 
 __all__ = ["BadRecord", "Example", "Split", "load_split", "row_settings", "splits_of"]
 

@@ -14,14 +14,11 @@ Does not sweep the cache: it may be deleted whenever no run is using it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -29,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moe_medical.cache import CACHE_VARIABLE, default_cache, publish_folder
 from moe_medical.errors import StorageError
+from moe_medical.files import CACHE_VARIABLE, default_cache, one_at_a_time, publish_folder
 
 _LOG = logging.getLogger(__name__)
 _KEPT_BATCHES = 1024
@@ -78,7 +75,7 @@ def published(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     except OSError as e:
         fix = f"Point {CACHE_VARIABLE} elsewhere."
         raise StorageError(f"{target.parent} cannot be made ({e.strerror}). {fix}") from None
-    with _only_builder(target):
+    with one_at_a_time(target):
         return publish_folder(lambda draft: _build(draft, build), target)
 
 
@@ -88,44 +85,8 @@ def damaged(folder: Path) -> StorageError:
 
 
 def _build(draft: Path, build: Callable[[Path], None]) -> None:
-    draft.chmod(0o700)
+    draft.chmod(0o700)  # records are private
     build(draft)
-    for path in [*draft.iterdir(), draft]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _only_builder(target: Path) -> Iterator[None]:
-    path = target.with_name(f".{target.name}.lock")
-    descriptor = _locked(path, target)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            # Who waits for it, and who makes it anew, will find the published folder.
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _locked(path: Path, target: Path) -> int | None:
-    """A descriptor that holds the lock, or None where there are no locks."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError:  # what is wrong with the disk is told by the build
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _LOG.info("waiting for another process that builds %s", target)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 class BatchWriter:

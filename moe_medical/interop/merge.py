@@ -28,8 +28,8 @@ from moe_medical.base_model.embedded import verify_checksums
 from moe_medical.base_model.load import ConvertedWeights, load_unread_base
 from moe_medical.base_model.shapes import read_header, weight_files
 from moe_medical.base_model.stored import StoredTensor
-from moe_medical.digest import sha256_file
 from moe_medical.errors import ConfigError, Problem
+from moe_medical.files import sha256_file
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.new_folder import check_new, copy_beside_weights, folder_names, new_folder
 from moe_medical.interop.opened import OpenedAdapter, check_fixed, fixed_loras, open_adapter, task_number

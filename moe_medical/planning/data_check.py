@@ -5,7 +5,6 @@ Needs no torch: tokens are counted with the base model's tokenizer file alone.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from moe_medical.base_model import locate_base
@@ -13,7 +12,8 @@ from moe_medical.config.schema import ModelSection
 from moe_medical.console import show
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.check import CheckReport, check_recipe, show_report, write_page
-from moe_medical.errors import ConfigError, DataError, Problem, StorageError
+from moe_medical.errors import ConfigError, DataError, Problem
+from moe_medical.files import write_json
 
 _NO_LIMIT = 2**40
 
@@ -53,7 +53,4 @@ def _chat(base: str) -> ChatFormat:
 
 
 def _write_json(report: CheckReport, path: Path) -> None:
-    try:
-        path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1), encoding="utf-8")
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written ({e.strerror}).") from None
+    write_json(path, report.to_json())

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from moe_medical.errors import DataError, MoeMedicalError, StorageError
+from moe_medical.errors import DataError, MoeMedicalError
+from moe_medical.files import write_file
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.sinks import HEAT_MAP, HEAT_MAP_FIELDS, has_api_key, import_wandb, read_metrics
 
@@ -68,10 +69,7 @@ def dump_dashboard(run: Path, out: Path | None = None) -> str:
         .model_dump_json(by_alias=True, exclude_none=True, indent=1)
     )
     if out is not None:
-        try:
-            out.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{out} cannot be written ({error.strerror})") from None
+        write_file(out, text + "\n")
     return text
 
 

@@ -29,7 +29,8 @@ import numpy as np
 from moe_medical.config import RunConfig, load_config, resolve_adapters, save_config
 from moe_medical.config.schema import AdaptersSection, GuardSection, LossSection, MixSection, TaskOverride
 from moe_medical.console import show, show_table
-from moe_medical.errors import ConfigError, DataError, MoeMedicalError, Problem, StorageError
+from moe_medical.errors import ConfigError, DataError, MoeMedicalError, Problem
+from moe_medical.files import write_file
 from moe_medical.planning.plan import RunPlan, make_plan
 from moe_medical.planning.preflight import preflight
 from moe_medical.tracking.reference import Reference, TaskReference
@@ -94,15 +95,8 @@ class ControlRun:
             rule = "has a control run of other settings"
             fix = "Remove the folder, or use a new run.name."
             raise ConfigError("the control runs", [Problem(str(self.paths.root), rule, fix=fix)])
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.file.with_name(f".{self.file.name}.draft")
-            draft.unlink(missing_ok=True)
-            draft.touch(mode=0o600)  # it is launched from, so that secrets in it are not taken out
-            save_config(self.config, draft)
-            draft.replace(self.file)
-        except OSError as e:
-            raise StorageError(f"{self.file} cannot be written ({e.strerror})") from None
+        # It is launched from, so that secrets in it are not taken out: for nobody else to read.
+        save_config(self.config, self.file, mode=0o600)
 
     def results(self) -> dict[str, TaskReference]:
         """What each of its tasks has reached.
@@ -269,11 +263,7 @@ def _reference(config: RunConfig, plan: RunPlan, finished: Sequence[ControlRun])
 
 def _write(path: Path, reference: Reference) -> None:
     text = json.dumps(reference.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written ({e.strerror})") from None
+    write_file(path, text + "\n")
 
 
 def _show_reference(reference: Reference) -> None:

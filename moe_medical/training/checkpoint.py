@@ -18,7 +18,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moe_medical.digest import sha256_file
 from moe_medical.distributed.state import MOMENTS, TrainableState
 from moe_medical.errors import DataError, StorageError
+from moe_medical.files import new_folder, sha256_file, write_json
 
 FORMAT_VERSION = 1
 _MANIFEST, _STATE, _LATEST = "MANIFEST.json", "state.json", "latest.json"
@@ -65,18 +63,13 @@ class CheckpointFolder:
         target = self.root / _name(checkpoint.trainable.step)
         if target.is_dir():
             return target
-        draft = self.root / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
         try:
-            draft.mkdir(parents=True)
-            _write_files(draft, checkpoint)
-            _write_json(draft / _MANIFEST, _manifest(draft, checkpoint.trainable.step, layout))
-            _sync(draft)
-            draft.rename(target)
-            _replace_json(self.root / _LATEST, {"step": checkpoint.trainable.step})
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(draft, ignore_errors=True)
-            last = self.newest_step()
-            raise StorageError(f"{target}: cannot be written ({e}). Last good step: {last}.") from None
+            with new_folder(target) as draft:
+                _write_files(draft, checkpoint)
+                write_json(draft / _MANIFEST, _manifest(draft, checkpoint.trainable.step, layout))
+            write_json(self.root / _LATEST, {"step": checkpoint.trainable.step})
+        except StorageError as e:
+            raise StorageError(f"{e} Last good step: {self.newest_step()}.") from e
         self._prune()
         return target
 
@@ -110,8 +103,11 @@ class CheckpointFolder:
     def _prune(self) -> None:
         for folder in list(self._folders())[self.keep :]:
             shutil.rmtree(folder, ignore_errors=True)
-        for stale in self.root.glob("step-*.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        for stale in self.root.glob("*.tmp-*"):  # what a kill in the middle of a save has left
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
 
 
 def check_same_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -145,7 +141,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(trainable.parameters, folder / _ADAPTERS)
     moments = {f"{key}.{name}": t for key, of in trainable.moments.items() for name, t in of.items()}
     save_file(moments, folder / _OPTIMIZER)
-    _write_json(folder / _STATE, {"step": trainable.step, **checkpoint.state})
+    write_json(folder / _STATE, {"step": trainable.step, **checkpoint.state})
 
 
 def _manifest(folder: Path, step: int, layout: dict[str, Any]) -> dict[str, Any]:
@@ -190,31 +186,3 @@ def _refuse_newer(folder: Path, version: int) -> None:
 def _entry(path: Path) -> dict[str, object]:
     """What the manifest says of a file."""
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1))
-
-
-def _replace_json(path: Path, value: object) -> None:
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    _write_json(draft, value)
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,12 +34,12 @@ from moe_medical.distributed.topology import (
     start_distributed,
     stop_distributed,
 )
-from moe_medical.errors import ConfigError, Problem, StorageError
+from moe_medical.errors import ConfigError, Problem
 from moe_medical.evaluation.evaluate import Answered, Evaluation, Evaluator, TaskResult
 from moe_medical.evaluation.metrics import left_out
+from moe_medical.files import write_file, write_json
 from moe_medical.interop.partial import restrict_adapter
 from moe_medical.planning.preflight import check_context
-from moe_medical.training.run_folder import write_json
 from moe_medical.training.supervisor import die_with_supervisor, run_ranks, share_cores
 
 _LOG = logging.getLogger(__name__)
@@ -245,11 +245,5 @@ def _number(score: float | None) -> str:
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.touch(mode=0o600)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written ({e.strerror})") from None
+    write_file(path, "".join(f"{line}\n" for line in lines), mode=0o600)
     show(f"written {path}")

@@ -23,8 +23,8 @@ from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.sources import row_settings
 from moe_medical.data.tasks import TaskData
-from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
+from moe_medical.files import sha256_file
 
 _FREE = {
     "training.steps",

@@ -21,6 +21,7 @@ from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.console import progress_line
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.evaluate import Evaluation, Evaluator
+from moe_medical.files import write_json
 from moe_medical.tracking.conflict import Conflict, conflict_overlap, shared_experts
 from moe_medical.tracking.reference import load_reference
 from moe_medical.tracking.routing_stats import RoutingStats, RoutingWatch
@@ -30,7 +31,7 @@ from moe_medical.training.conflict_probe import ConflictProbe
 from moe_medical.training.data_module import Feed
 from moe_medical.training.guard import Decision
 from moe_medical.training.routing_counts import RoutingCounts
-from moe_medical.training.run_folder import RunFolder, write_json
+from moe_medical.training.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
 

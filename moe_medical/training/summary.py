@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from moe_medical.console import show, show_table
-from moe_medical.training.run_folder import write_json
+from moe_medical.files import write_json
 from moe_medical.training.trainer import RunResult
 
 

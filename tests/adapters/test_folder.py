@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_medical.adapters import folder as files
+from moe_medical.adapters import folder as folders
 from moe_medical.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, DataError, SecurityRefusal, StorageError
@@ -70,7 +70,7 @@ def test_a_failed_save_leaves_the_old_adapter_and_no_rubbish(folder: Path, monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for target, attribute in ((files, "save_file"), (files, "_fsync")):
+    for target, attribute in ((folders, "save_file"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(target, attribute, full)
             with pytest.raises(StorageError, match="No space left"):

@@ -21,8 +21,8 @@ from moe_medical.base_model.embedded import (
 )
 from moe_medical.base_model.load import load_base
 from moe_medical.config.schema import ModelSection
-from moe_medical.digest import sha256_file
 from moe_medical.errors import DataError
+from moe_medical.files import sha256_file
 
 
 def test_damaged_or_missing_files_are_found(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_kill_at_any_file_operation_leaves_a_valid_checkpoint(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "call", ["os.fsync", "pathlib.Path.mkdir", "pathlib.Path.rename", "pathlib.Path.write_text"]
+    "call", ["os.fsync", "pathlib.Path.mkdir", "pathlib.Path.rename", "pathlib.Path.replace"]
 )
 def test_a_refusing_disk_leaves_the_older_one(
     call: str, folder: CheckpointFolder, saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_medical.data.check.report import LENGTH_EDGES, CheckReport, Overlap, TaskReport
-from moe_medical.errors import StorageError
+from moe_medical.files import write_file
 
 _STYLE = """<style>
 body { font: 14px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 1200px }
@@ -35,10 +35,7 @@ def write_page(report: CheckReport, path: Path) -> None:
     page = _insert(page, "</head>", f"<title>{escape(report.mixture)}: data check</title>{_STYLE}")
     page = _insert(page, "<body>", f"<body>{_intro(report)}", instead=True)
     page = _insert(page, "</body>", _tables(report))
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise StorageError(f"{path} cannot be written ({e.strerror}).") from None
+    write_file(path, page)
 
 
 def _insert(page: str, mark: str, text: str, instead: bool = False) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_medical.cache import publish_folder
 from moe_medical.data.terminologies import hpo, icd10cm
 from moe_medical.data.terminologies.hpo_disease_tasks import DISEASE_TASKS
 from moe_medical.data.terminologies.hpo_tasks import TERM_TASKS
@@ -22,6 +21,7 @@ from moe_medical.data.terminologies.icd10cm_tasks import TASKS
 from moe_medical.data.terminologies.packages import DataPackage, InstalledData, find_data
 from moe_medical.data.terminologies.rows import SPLITS, TaskRecipe, write_task
 from moe_medical.errors import DataError
+from moe_medical.files import publish_folder
 
 __all__ = ["BUILDERS", "TERMINOLOGIES", "Terminology", "build_task", "build_terminology"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_medical.errors import DataError, StorageError
+from moe_medical.files import write_file
 from moe_medical.tracking.sinks.sink import Sink
 
 
@@ -51,7 +52,7 @@ class JsonlSink(Sink):
         """Drops the rows of later steps, atomically; a resumed run calls this with its checkpoint's step."""
         try:
             rows = [row for row in _rows(self.path) if row["step"] <= step]
-            _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
             os.close(self._descriptor)
             self._descriptor = _open_append(self.path)
         except OSError as error:
@@ -119,15 +120,6 @@ def _append(descriptor: int, line: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(descriptor, start)
         raise
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 def _drop_torn_line(path: Path) -> None:

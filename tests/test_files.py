@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe_medical.cache import default_cache, publish_folder
 from moe_medical.errors import StorageError
+from moe_medical.files import default_cache, publish_folder
 
 
 def _write(text: str):
