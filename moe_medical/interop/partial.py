@@ -51,6 +51,7 @@ def restrict_adapter(
     Raises:
         ConfigError: One of them selects nothing, or cannot be cut out.
     """
+    # A state has the order of its file; the model's own decides which module of a scope is the first.
     modules = tensors_of_modules(state)
     adapted = {name: modules[name] for name in linears if name in modules}
     kept = _with_role(_with_names(adapted, only), only)

@@ -76,7 +76,7 @@ def export_peft(
     if for_vllm and opened.config.dora:
         fix = "Merge it instead, or export one task without --vllm."
         raise ConfigError(str(adapter), [Problem("adapter", "must not be a DoRA: vLLM has none", fix=fix)])
-    for name in names:
+    for name in names:  # all of them first: of several tasks none is written where one is wrong
         check_fixed(opened, name, gate)
     ranks: dict[str, int] = {}
     with new_folder(out) as draft:
@@ -198,7 +198,7 @@ def _peft_config(adapter: OpenedAdapter, lora: _PeftLora) -> dict[str, Any]:
 
 def _write_index(adapter: OpenedAdapter, ranks: Mapping[str, int], out: Path, draft: Path) -> None:
     """What `vllm serve` is to be told: a line for the shell, and the same as JSON."""
-    rank = max(ranks.values())
+    rank = max(ranks.values())  # of all: one number holds for the server
     modules = {name: str(out / name) for name in ranks}
     arguments = ["--enable-lora", f"--max-loras={len(modules)}", f"--max-lora-rank={rank}", "--lora-modules"]
     arguments += [f"{name}={path}" for name, path in modules.items()]
@@ -214,6 +214,7 @@ def _write_index(adapter: OpenedAdapter, ranks: Mapping[str, int], out: Path, dr
 
 def _name_for_others(adapter: OpenedAdapter) -> str:
     """A hub id or folder; the embedded model has a name of ours, which nobody else knows."""
+    # A folder on this machine, which is better than a name that a hub would not find, or find another under.
     embedded = adapter.base.name == EMBEDDED_NAME
     return str(adapter.base.folder) if embedded else adapter.base.name
 

@@ -118,6 +118,7 @@ def answer_all(
     detokenizers = [Detokenizer(adapted.chat, emit) for _ in prompts]
 
     def row(number: int) -> Row:
+        # By the prompt's place in the file: neither batch size nor order of lengths changes what is drawn.
         sampling = generation.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)

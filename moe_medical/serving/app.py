@@ -87,6 +87,7 @@ async def _answer(service: Service, asked: GenerationRequest, reply: Reply, http
         if not text.done():
             return Response(status_code=_CLIENT_GONE)
     finally:
+        # However the wait has ended (the server may be stopped in it), nothing goes on without a reader.
         answer.cancel()
         text.cancel()
         gone.cancel()
@@ -97,7 +98,7 @@ async def _answer(service: Service, asked: GenerationRequest, reply: Reply, http
 
 async def _events(answer: Answer, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events: pieces as they come, how it ended, the usage if wanted, `[DONE]`."""
-    first = True
+    first = True  # an answer may have no piece at all: then its end is the first event
     async for piece in answer.pieces():
         yield _event(reply.piece(piece, first=first))
         first = False

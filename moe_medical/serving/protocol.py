@@ -71,7 +71,7 @@ class GenerationRequest(_Strict):
     @field_validator("stop")
     @classmethod
     def _few(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > 4:
+        if isinstance(stop, list) and len(stop) > 4:  # OpenAI's own limit
             raise ValueError("must be four strings at most")
         return stop
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.exporting import TASKS, adapted_logits, plain_logits, write_adapter, write_base
+from support.exporting import (
+    ATTENTION,
+    LORA,
+    TASK,
+    TASKS,
+    TOKEN,
+    adapted_logits,
+    plain_logits,
+    write_adapter,
+    write_base,
+)
 from support.tiny import write_tiny_model
 from transformers import AutoTokenizer
 
@@ -22,11 +32,6 @@ from moe_medical.interop.merge import merge_adapter, merge_matrix
 from moe_medical.interop.opened import open_adapter
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
-ATTENTION, MLP = r".*\.(self_attn|attn)\.\w+", r".*\.mlp\.\w+"
-LORA = MoloraConfig(rank=4, alpha=8.0, molora=(), lora=(MLP, ATTENTION))
-TASK = MoloraConfig(
-    router="task", num_tasks=3, num_experts=4, top_k=0, rank=4, alpha=8.0, molora=(MLP,), lora=(ATTENTION,)
-)
 SPLIT = replace(TASK, rank_split=True, rank=8)
 FORMS = {
     "lora": LORA,
@@ -115,9 +120,6 @@ def test_the_sum_is_rounded_once() -> None:
     once = merge_matrix(torch.ones(1, 1, dtype=torch.bfloat16), lora)
     assert once.item() == 1.0  # 1 + 2**-8, a tie, which goes to even; each half alone would vanish too
     assert merge_matrix(torch.tensor([[1.0078125]], dtype=torch.bfloat16), lora).item() == 1.015625
-
-
-TOKEN = replace(TASK, router="token", num_tasks=0)
 
 
 def test_the_parts_without_a_router_can_be_merged(base: Path, tmp_path: Path) -> None:

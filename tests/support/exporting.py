@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from support.families import DECODER, GPT2
 
+ATTENTION, MLP = r".*\.(self_attn|attn)\.\w+", r".*\.mlp\.\w+"
+LORA = MoloraConfig(rank=4, alpha=8.0, molora=(), lora=(MLP, ATTENTION))
+TASK = MoloraConfig(
+    router="task", num_tasks=3, num_experts=4, top_k=0, rank=4, alpha=8.0, molora=(MLP,), lora=(ATTENTION,)
+)
+TOKEN = replace(TASK, router="token", num_tasks=0)
 TASKS = ["triage", "codes", "report"]
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(5))
 

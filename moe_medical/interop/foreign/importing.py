@@ -121,6 +121,7 @@ def _kind_of(source: Path) -> str:
     values = Settings.read(source / CONFIG_FILE).values
     if values.get("format") == FORMAT:
         raise ConfigError("import", [Problem(str(source), "is an adapter folder of ours already")])
+    # Before `peft_type`: MING's is LORA too, for PEFT wrote its adapter_config.json, for the attention.
     if any((source / name).exists() for name in ming.EXPERT_FILES):
         return "ming"
     peft_type = values.get("peft_type")
@@ -158,6 +159,7 @@ def _checked_state(imported: Imported, layers: BaseLayers) -> dict[str, Tensor]:
     Raises:
         ConfigError: A name or shape differs.
     """
+    # On the meta device, by the code that trains them: no second rule for names and shapes, and no memory.
     attach_adapters(layers.model, imported.config, seed=0)
     wanted = {name: tuple(p.shape) for name, p in adapter_parameters(layers.model).items()}
     given = _by_our_names(imported, wanted)
@@ -176,6 +178,7 @@ def _by_our_names(imported: Imported, wanted: Iterable[str]) -> dict[str, Tensor
     for module, factors in imported.shared.items():
         state |= {f"{module}.shared_A": factors.A, f"{module}.shared_B": factors.B}
     state |= {f"{module}.magnitude": magnitude for module, magnitude in imported.magnitudes.items()}
+    # Which layer runs first is the base's business; attaching has put the shared router there.
     owner = next((name.rpartition(".router.")[0] for name in wanted if ".router." in name), "")
     for module, router in imported.routers.items():
         state |= {f"{module or owner}.router.{name}": tensor for name, tensor in router.items()}

@@ -68,6 +68,7 @@ def read_ming(source: Source) -> Imported:
     settings.must_be_unset("use_dora")
     model = source.settings(MODEL_FILE)
     experts = _Experts.of(model)
+    # Before any tensor is read: their shapes follow from the settings.
     settings.refuse()
     model.refuse()
     attention = _take_attention(source, settings)
@@ -92,6 +93,7 @@ def read_ming(source: Source) -> Imported:
         molora=source.layers.patterns(routed),
         lora=source.layers.patterns(attention),
     )
+    # `rank_pattern` may give the attention a greater rank, which then is that of all experts.
     shared = {name: factors.rescaled(common) for name, factors in shared.items()}
     return Imported(config, low_rank, routers, shared)
 
@@ -108,12 +110,10 @@ def _take_attention(source: Source, settings: Settings) -> dict[str, Factors]:
 
 def _expert_modules(reader: TensorReader, source: Source) -> dict[str, str]:
     """Linears of the base's MLPs, all of which have experts -> their foreign names."""
-    bare = {}
-    for name in reader.modules(_MODULE):
-        wrapped = name.startswith(PREFIX)
-        bare[name] = name.removeprefix("base_model.").removeprefix("model.") if wrapped else name
+    bare = {name: name.removeprefix(PREFIX) for name in reader.modules(_MODULE)}
     resolved = source.layers.resolve(bare, reader.tensors, reader.source)
     foreign = {ours: name for name, ours in resolved.items()}
+    # A linear that the file lacks is asked for under the name that it would have there, and then named so.
     prefix = PREFIX if any(name.startswith(PREFIX) for name in bare) else ""
     return {ours: foreign.get(ours, prefix + ours) for ours in source.layers.children(("mlp",))}
 

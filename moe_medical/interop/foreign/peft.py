@@ -100,6 +100,7 @@ def check_settings(settings: Settings, *kinds: str, also: Collection[str] = ()) 
 
 
 def _check_patterns(settings: Settings) -> None:
+    # Tried here, so that no pattern can fail in the middle of the tensors.
     settings.check_pattern("target_modules")
     settings.check_pattern("exclude_modules")
     ranks = settings.by_pattern("rank_pattern")
@@ -167,6 +168,7 @@ def _targeted(settings: Settings, names: Collection[str]) -> list[str] | None:
 
 
 def _is_named(settings: Settings, key: str, name: str) -> bool:
+    # As PEFT: a text is a pattern of whole names, a list holds names or their ends.
     value = settings.values.get(key)
     if isinstance(value, str):
         return value == "all-linear" or re.fullmatch(value, name) is not None

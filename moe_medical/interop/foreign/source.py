@@ -75,6 +75,7 @@ class Factors:
 
 def in_common_scale(modules: Mapping[str, Factors]) -> tuple[Scale, dict[str, Factors]]:
     """The scale of the first module of the greatest rank, and all modules in it."""
+    # Zeros can be added to a rank, but nothing taken from it.
     scale = max((factors.scale for factors in modules.values()), key=lambda scale: scale.rank)
     return scale, {name: factors.rescaled(scale) for name, factors in modules.items()}
 
@@ -306,6 +307,7 @@ class Source:
         tensors: dict[str, Tensor] = {}
         reader = TensorReader(str(self.folder), tensors)
         for name, tensor in read_tensors(path, self.allow_pickle).items():
+            # Which of two its own program would read cannot be known.
             if renamed(name) in tensors:
                 reader.complain(Problem(name, f"must not be there beside {renamed(name)}"))
             tensors[renamed(name)] = tensor
