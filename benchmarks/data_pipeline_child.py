@@ -143,7 +143,7 @@ def run_steps(trainer: Any, workers: int, first: int, count: int) -> dict[str, A
     with Loader(trainer.batches, workers, trainer.config.data.prefetch_steps) as loader:
         for step in range(first, first + count):
             began = time.perf_counter()
-            train_step(trainer, loader, step, first + count)
+            trainer.train_step(step, loader.take(step, first + count))
             seconds.append(time.perf_counter() - began)
             waits.append(loader.waited())
     return {
@@ -154,16 +154,6 @@ def run_steps(trainer: Any, workers: int, first: int, count: int) -> dict[str, A
         "step_ms": round(1e3 * statistics.median(seconds[1:]), 1),
         "waiting_share": round(sum(waits[1:]) / sum(seconds[1:]), 6),
     }
-
-
-def train_step(trainer: Any, loader: Any, step: int, end: int) -> None:
-    from moe_medical.training.step import accumulate, count_step, seed_step
-
-    seed_step(trainer.config.run.seed, step, trainer.topology.rank)
-    batches = loader.take(step, end)
-    counts = count_step(trainer.engine, batches, len(trainer.tasks), False)
-    accumulate(trainer.engine, trainer.context, trainer.router_losses, batches, counts)
-    trainer.engine.step(1e-4)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from moe_medical.planning.layouts import Layout
 from moe_medical.ports import free_port
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.setup import assemble
-from moe_medical.training.step import accumulate, count_step
+from moe_medical.training.step import TaskFactors, TrainStep
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "expert_parallel.json"
@@ -134,13 +134,13 @@ class Arm:
         self.engine, self.context = assemble(
             self.config, self.base, self.adapters, self.topology, lambda members: "weights"
         )
-        self.losses = RouterLosses(self.engine, self.context, self.adapters, "global_batch")
+        losses = RouterLosses(self.engine, self.context, self.adapters, "global_batch")
+        factors = TaskFactors(self.config, self.engine, self.context, num_tasks=1)
+        self.train_step = TrainStep(self.config, self.engine, self.context, factors, losses)
         self.batches = list(random_batches(self.engine, case))
 
     def step(self) -> None:
-        counts = count_step(self.engine, self.batches, num_tasks=1, stop=False)
-        accumulate(self.engine, self.context, self.losses, self.batches, counts)
-        self.engine.step(1e-4)
+        self.train_step(0, self.batches)
 
     def measure(self) -> float:
         """Bytes of a step, averaged over ranks."""

@@ -44,8 +44,6 @@ from moe_medical.config import load_config
 from moe_medical.config.schema import EvaluationSection, TrackingSection
 from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
 from moe_medical.tracking.sinks import JsonlSink
-from moe_medical.training.schedule import learning_rate
-from moe_medical.training.step import accumulate, count_step, seed_step
 from moe_medical.training.trainer import Trainer
 
 LOG = logging.getLogger("tracking_overhead")
@@ -206,19 +204,13 @@ def take_step(trainer: Trainer, number: int, done: int) -> float:
     Returns:
         Seconds that the watching took.
     """
-    seed_step(trainer.config.run.seed, number, trainer.topology.rank)
-    batches = trainer.batches.step(number)
-    counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
-    weights = trainer.loss.token_weights(number, batches, counts)
-    where = (trainer.engine, trainer.context, trainer.router_losses)
-    look, watched = trainer.observer.watch_step(done), list[float]()
-
-    def timed_look() -> None:
-        watched.append(timed(look))
-
-    accumulate(*where, batches, counts, weights, timed_look)
-    trainer.engine.step(learning_rate(trainer.config.training, number))
-    return sum(watched) + timed(lambda: trainer.observer.step_done(done, 0))
+    observer, watched = trainer.observer, list[float]()
+    look = observer.after_forward
+    observer.after_forward = lambda: watched.append(timed(look))  # type: ignore[method-assign]
+    observer.before_step(done - 1)
+    trainer.train_step(number, trainer.batches.step(number))
+    observer.after_forward = look  # type: ignore[method-assign]
+    return sum(watched) + timed(lambda: observer.step_done(done, 0))
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -15,6 +15,7 @@ backward, so that the loss depends on neither, nor on how samples are laid out i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
 from moe_medical.config.schema import Normalise
 from moe_medical.data.batches import IGNORE, Batch
 
@@ -52,6 +54,21 @@ class TokenLosses(NamedTuple):
     """Target tokens of the token's sample."""
     rows: torch.Tensor
     """Row of the batch that the token is in."""
+
+
+def forward_context(
+    context: RoutingContext, batch: Batch, pass_name: str = "train"
+) -> AbstractContextManager[RoutingContext]:
+    """What the layers must know of a micro-batch while it runs: padding, tasks, samples and their prompts.
+
+    Must span forward and backward. See `RoutingContext.bind`.
+    """
+    return context.bind(BatchInputs(batch.token_mask_BS, batch.task_ids_BS, sequences_of(batch)), pass_name)
+
+
+def sequences_of(batch: Batch) -> Sequences:
+    """The samples of a batch and their prompts."""
+    return Sequences.of(batch.position_ids_BS, batch.prompt_mask_BS)
 
 
 def token_losses(forward: Forward, batch: Batch) -> TokenLosses:

@@ -20,8 +20,8 @@ from moe_medical.data.tasks import build_plan, load_tasks, mix_sizes
 from moe_medical.data.tokens import keep_tokens
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
+from moe_medical.evaluation.loss import sequences_of
 from moe_medical.evaluation.packing_check import why_not_packed
-from moe_medical.training.binding import sequences_of
 
 _LOG = logging.getLogger(__name__)
 

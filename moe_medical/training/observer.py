@@ -27,6 +27,7 @@ from moe_medical.tracking.reference import load_reference
 from moe_medical.tracking.routing_stats import RoutingStats, RoutingWatch
 from moe_medical.tracking.seesaw import SeesawStep, SeesawTracker
 from moe_medical.tracking.sinks import Sinks
+from moe_medical.training.callback import Callback
 from moe_medical.training.conflict_probe import ConflictProbe
 from moe_medical.training.data_module import Feed
 from moe_medical.training.guard import Decision
@@ -36,7 +37,7 @@ from moe_medical.training.run_folder import RunFolder
 _LOG = logging.getLogger(__name__)
 
 
-class Observer:
+class Observer(Callback):
     """The eyes of one run. Collective: every rank must make the same calls.
 
     Args:
@@ -149,12 +150,15 @@ class Observer:
 
     # Steps
 
-    def watch_step(self, done: int) -> Callable[[], None]:
-        """What to call between forward and backward of the micro-batches of the step that ends at `done`."""
-        if not (self._counts.layers and self._due(self._config.routing_every_steps, done)):
-            return lambda: None
-        self._counts.begin()
-        return self._counts.add
+    def before_step(self, step: int) -> None:
+        """Begin to count routings where step `step` is one to be counted."""
+        if self._counts.layers and self._due(self._config.routing_every_steps, step + 1):
+            self._counts.begin()
+
+    def after_forward(self) -> None:
+        """Count the micro-batch that is bound, where routings are counted."""
+        if self._counts.is_open:
+            self._counts.add()
 
     def step_done(self, done: int, tokens: int) -> None:
         """Look at what is due after `done` steps."""

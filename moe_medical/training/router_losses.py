@@ -23,8 +23,7 @@ from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
-from moe_medical.evaluation.loss import run_model
-from moe_medical.training.binding import bind_batch
+from moe_medical.evaluation.loss import forward_context, run_model
 
 
 class RouterLosses:
@@ -113,7 +112,7 @@ class RouterLosses:
         counted: list[RoutingSums] = []
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in batches:
-                with bind_batch(self._context, batch, "count"):
+                with forward_context(self._context, batch, "count"):
                     run_model(self._engine.module, batch, batch.target_columns_C[:1])
                     if self._context.record.routings:
                         counted.append(self._sums())

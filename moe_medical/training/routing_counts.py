@@ -45,6 +45,11 @@ class RoutingCounts:
         self._shape = (len(self.layers), num_tasks, max(self.experts, default=0))
         self._mass: Tensor | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a step is being counted."""
+        return self._mass is not None
+
     def begin(self) -> None:
         """Start a step at zero."""
         device = self._engine.topology.device

@@ -27,8 +27,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
-from moe_medical.evaluation.loss import TokenLosses, token_losses
-from moe_medical.training.binding import bind_batch
+from moe_medical.evaluation.loss import TokenLosses, forward_context, token_losses
 
 Weigh = Callable[[TokenLosses], Tensor]
 """Weight of each target token, shape (number of target tokens,)."""
@@ -166,7 +165,7 @@ def _each_task(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The tasks of a micro-batch with the gradients of their tokens' weighted losses."""
     parameters = list(engine.named.values())
-    with bind_batch(context, batch, "gradients"):
+    with forward_context(context, batch, "gradients"):
         tokens = token_losses(engine.module, batch)
         parts = tokens.losses * weigh(tokens)
         for task in tokens.task_ids.unique().tolist():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -41,12 +41,9 @@ from moe_medical.training.identity import identify
 from moe_medical.training.mixing import Mixing
 from moe_medical.training.observer import Observer
 from moe_medical.training.router_losses import RouterLosses
-from moe_medical.training.router_paths import RouterPaths
 from moe_medical.training.run_folder import RunFolder
-from moe_medical.training.schedule import learning_rate
 from moe_medical.training.setup import assemble
-from moe_medical.training.step import accumulate, count_step, seed_step
-from moe_medical.training.step_loss import StepLoss
+from moe_medical.training.step import StepResult, StopAsked, TaskFactors, TrainStep
 from moe_medical.training.stopping import StopFlag
 
 _LOG = logging.getLogger(__name__)
@@ -85,10 +82,7 @@ class Trainer:
         )
         over, names = config.training.balance_over, [task.name for task in self.tasks]
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over, names)
-        self.paths = RouterPaths(config.training.router_paths, config.training.router_paths_reduce)
-        self.loss = StepLoss(
-            config.training.loss, self.engine, self.context, len(self.tasks), config.run.seed
-        )
+        self.factors = TaskFactors(config, self.engine, self.context, len(self.tasks))
         self.mixing = Mixing(config, self.feed, self.engine, self.context)
         batching = agreed_batching(config.data.batching, self.engine, self.context)
         self.batches = self.feed.batches(topology, batching)
@@ -100,6 +94,9 @@ class Trainer:
         self.sinks = Sinks()
         what = (self.feed, self.adapters, self.engine, self.context)
         self.observer = Observer(config, *what, self.folder, self.sinks)
+        self.train_step = TrainStep(
+            config, self.engine, self.context, self.factors, self.router_losses, [self.observer]
+        )
 
     def run(self) -> RunResult:
         """Train to the last step.
@@ -172,7 +169,7 @@ class Trainer:
         load_state(self.engine, checkpoint.trainable)
         self.tokens_seen = int(checkpoint.state["tokens"])
         self.truncated = int(checkpoint.state["truncated"])
-        self.loss.restore(checkpoint.state["task_weights"])
+        self.factors.load_state(checkpoint.state["task_weights"])
         self.mixing.restore(checkpoint.state["mixture"])
         self.guarding.restore(checkpoint.state["guard"])
         if self.topology.is_main:
@@ -229,7 +226,7 @@ class Trainer:
                 "tokens": self.tokens_seen,
                 "truncated": self.truncated,
                 "meter": self.meter.sums.tolist(),
-                "task_weights": self.loss.state(),
+                "task_weights": self.factors.state(),
                 "mixture": mixture,
                 "guard": guard,
                 "identity": self.identity.to_json(),
@@ -283,31 +280,28 @@ class Trainer:
         return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
 
     def _one_step(self, step: int, loader: Loader, progress: ProgressLine) -> None:
-        seed_step(self.config.run.seed, step, self.topology.rank)
+        self.factors.guard_T = self.guarding.factors_T
+        self.observer.before_step(step)
         batches = loader.take(step, self.config.training.steps)
-        counts = count_step(self.engine, batches, len(self.tasks), self.stop.asked)
-        if counts.stop:
+        try:
+            result = self.train_step(step, batches, self.stop.asked)
+        except StopAsked:
             self._stop_at(step)
-        weights = self.loss.token_weights(step, batches, counts, self.guarding.factors_T)
-        look = self.observer.watch_step(step + 1)
-        where = (self.engine, self.context, self.router_losses)
-        sums = accumulate(*where, batches, counts, weights, look, self.paths)
-        rate = learning_rate(self.config.training, step)
-        norm = self.engine.step(rate)
-        self.loss.observe(step, batches, counts, sums[0])
+        counts = result.counts
         self.tokens_seen += counts.all_tokens
-        self.meter.sums += sums.T
-        self.mixing.add(sums)
-        self.guarding.add(sums)
+        self.meter.sums += result.task_sums.T
+        self.mixing.add(result.task_sums)
+        self.guarding.add(result.task_sums)
         self.truncated += counts.truncated
         self.speed.step(counts.all_tokens, counts.positions, loader.waited())
         note = ""
-        if (step + 1) % self.config.tracking.log_every_steps == 0 or step + 1 == self.config.training.steps:
-            note = self._note(self._log_step(step + 1, rate, norm))
-        self.observer.step_done(step + 1, self.tokens_seen)
+        is_last = result.done == self.config.training.steps
+        if result.done % self.config.tracking.log_every_steps == 0 or is_last:
+            note = self._note(self._log_step(result))
+        self.observer.step_done(result.done, self.tokens_seen)
         progress.advance(1, note)
 
-    def _log_step(self, done: int, rate: float, norm: float) -> float:
+    def _log_step(self, result: StepResult) -> float:
         self.meter.reduce(self.topology.sum)
         rows = self.meter.rows
         samples = sum(r.samples for r in rows.values())
@@ -316,8 +310,8 @@ class Trainer:
         values |= {
             "loss": loss,
             "tokens": self.tokens_seen,
-            "learning_rate": rate,
-            "grad_norm": norm,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
             "step_seconds": self.speed.last_step_seconds,
             "tokens_per_second": self.speed.tokens_per_second,
             "health/useful_positions": self.speed.useful_positions,
@@ -326,18 +320,18 @@ class Trainer:
             "health/memory_gib": peak_memory_gib(self.topology.device),
         }
         values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
-        values |= self.feed.shares(done)
-        if (self.loss.factors_T != 1).any():
-            factors = zip(self.tasks, self.loss.factors_T.tolist(), strict=True)
+        values |= self.feed.shares(result.done)
+        if (result.factors_T != 1).any():
+            factors = zip(self.tasks, result.factors_T.tolist(), strict=True)
             values |= {f"loss_weight/{task.name}": factor for task, factor in factors}
-        self.sinks.log(values, done)
+        self.sinks.log(values, result.done)
         self.meter.reset()
         return loss
 
     def _note(self, loss: float) -> str:
         return f"loss {loss:.3f}  {self.speed.tokens_per_second:.0f} tokens/s"
 
-    def _stop_at(self, step: int) -> None:
+    def _stop_at(self, step: int) -> NoReturn:
         if step > 0:
             self._save_checkpoint(step)
         raise PreemptedError(

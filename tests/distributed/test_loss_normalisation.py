@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_medical.evaluation.loss import TokenWeights
+    from moe_medical.training.step import StepCounts
     from moe_medical.training.trainer import Trainer
 
 STEPS = 2
@@ -94,7 +95,8 @@ def _train(run: str, expected: str, cases: list[list[Any]]) -> dict[str, Any]:
         layout = Layout(zero=case.zero, accumulation=12 // case.world // case.micro_batch)
         topology = topology or start_distributed(layout.configured(run, case.world).parallel)
         for mode in MODES:
-            trainer = start(layout, run, topology, [f"data.batching={case.batching}"])
+            settings = [f"data.batching={case.batching}", f"training.loss.normalise={mode}"]
+            trainer = start(layout, run, topology, settings)
             steps = [_step(trainer, mode, number) for number in range(STEPS)]
             tensors = load_file(Path(expected) / f"{mode}.safetensors")
             off = worst(apart(gather_parameters(trainer.engine), tensors))[1]
@@ -107,21 +109,21 @@ def _train(run: str, expected: str, cases: list[list[Any]]) -> dict[str, Any]:
 def _step(trainer: Trainer, mode: Any, number: int) -> tuple[float, float, list[int]]:
     """Loss over all ranks, gradient norm, tasks that this rank has."""
     from moe_medical.evaluation.loss import TokenWeights
-    from moe_medical.training.schedule import learning_rate
-    from moe_medical.training.step import accumulate, count_step
 
-    engine, batches = trainer.engine, trainer.batches.step(number)
-    counts = count_step(engine, batches, 2, stop=False)
-    weights = TokenWeights.of(mode, counts.tokens_T, counts.rows_T, trainer.topology.device)
-    weights = weights.times(np.array(FACTORS))
-    loss = float(trainer.topology.sum(np.array([_loss(trainer, batches, weights)]))[0])
-    accumulate(engine, trainer.context, trainer.router_losses, batches, counts, weights)
-    norm = engine.step(learning_rate(trainer.config.training, number))
-    return (
-        loss,
-        norm,
-        sorted({task for batch in batches for task in batch.targets_per_task(2).nonzero()[:, 0].tolist()}),
-    )
+    batches = trainer.batches.step(number)
+    tasks = {task for batch in batches for task in batch.targets_per_task(2).nonzero()[:, 0].tolist()}
+    trainer.factors.guard_T = np.array(FACTORS)
+    own, of_step = [], trainer.factors.of_step
+
+    def look(step: int, batches: Any, counts: StepCounts, plain: TokenWeights) -> np.ndarray:
+        weights = TokenWeights.of(mode, counts.tokens_T, counts.rows_T, trainer.topology.device)
+        own.append(_loss(trainer, batches, weights.times(np.array(FACTORS))))
+        return of_step(step, batches, counts, plain)
+
+    trainer.factors.of_step = look  # type: ignore[method-assign]
+    norm = trainer.train_step(number, batches).grad_norm
+    trainer.factors.of_step = of_step  # type: ignore[method-assign]
+    return float(trainer.topology.sum(np.array(own))[0]), norm, sorted(tasks)
 
 
 def _loss(trainer: Trainer, batches: Sequence[Any], weights: TokenWeights) -> float:

@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import RoutingContext
+from moe_medical.config import RunConfig
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.data.chat import Encoded
-from moe_medical.training.step import StepCounts
+from moe_medical.training.callback import Callback
+from moe_medical.training.router_losses import RouterLosses
+from moe_medical.training.step import StepCounts, StepResult, TaskFactors, TrainStep
 from support.families import DECODER
 
 
@@ -24,7 +27,7 @@ class OneProcess:
 
     def __init__(self, model: nn.Module) -> None:
         self.module, self.gradient_scale = model, 1.0
-        self.topology = SimpleNamespace(device=torch.device("cpu"))
+        self.topology = SimpleNamespace(device=torch.device("cpu"), rank=0, sum=lambda values: values)
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -34,6 +37,10 @@ class OneProcess:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Nothing is updated: the gradients stay to be looked at."""
+        return 0.0
 
 
 def tiny_engine(config: MoloraConfig, checkpointing: str = "none") -> tuple[OneProcess, RoutingContext]:
@@ -49,6 +56,20 @@ def tiny_engine(config: MoloraConfig, checkpointing: str = "none") -> tuple[OneP
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     return OneProcess(model), context
+
+
+def one_step(
+    engine: OneProcess,
+    context: RoutingContext,
+    losses: RouterLosses,
+    batches: Sequence[Batch],
+    *callbacks: Callback,
+    config: RunConfig | None = None,
+) -> StepResult:
+    """A training step of two tasks without DeepSpeed and without an update."""
+    config = config or RunConfig()
+    factors = TaskFactors(config, engine, context, 2)  # type: ignore[arg-type]
+    return TrainStep(config, engine, context, factors, losses, callbacks)(0, batches)  # type: ignore[arg-type]
 
 
 def tiny_samples(count: int = 6) -> list[tuple[Encoded, int]]:

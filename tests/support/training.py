@@ -85,19 +85,11 @@ def start(layout: Layout, run: str, topology: Topology, settings: Sequence[str] 
 
 def step(trainer: Trainer, number: int, batches: Sequence[Batch] | None = None) -> dict[str, float]:
     """One optimizer step; loss, gradient norm and, where they are active, the router losses."""
-    from moe_medical.training.schedule import learning_rate
-    from moe_medical.training.step import accumulate, count_step, seed_step
-
-    seed_step(trainer.config.run.seed, number, trainer.topology.rank)
-    batches = trainer.batches.step(number) if batches is None else batches
-    counts = count_step(trainer.engine, batches, len(trainer.tasks), stop=False)
-    where = (trainer.engine, trainer.context, trainer.router_losses)
-    own = accumulate(*where, batches, counts, paths=trainer.paths)
-    loss, tokens, rows = trainer.topology.sum(own)
-    norm = trainer.engine.step(learning_rate(trainer.config.training, number))
+    result = trainer.train_step(number, trainer.batches.step(number) if batches is None else batches)
+    loss, tokens, rows = trainer.topology.sum(result.task_sums)
     present = tokens > 0
     of_tasks = loss[present] / tokens[present] * rows[present] / rows.sum()
-    return {"loss": float(of_tasks.sum()), "norm": norm, **trainer.router_losses.values()}
+    return {"loss": float(of_tasks.sum()), "norm": result.grad_norm, **trainer.router_losses.values()}
 
 
 def reference(
@@ -111,7 +103,7 @@ def reference(
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
     from moe_medical.config import load_config, resolve_adapters
-    from moe_medical.training.schedule import learning_rate
+    from moe_medical.training.step import learning_rate
 
     config = load_config(run)
     base, adapters, training = locate_base(config.model), resolve_adapters(config.adapters), config.training

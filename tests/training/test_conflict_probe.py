@@ -151,20 +151,22 @@ def _disturb(run: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _steps(trainer: Any, looks: bool) -> list[Any]:
     from moe_medical.distributed.state import gather_parameters
-    from moe_medical.training.step import accumulate, count_step, seed_step
 
-    told, probe = [], _probe(trainer)
+    told, probe, number = [], _probe(trainer), 0
     modes = [module.training for module in trainer.engine.module.modules()]
+    update = trainer.engine.step
+
+    def look_and_update(rate: float) -> float:
+        probe.measure(number)  # with the gradients of the step in the making
+        return update(rate)
+
+    if looks:
+        trainer.engine.step = look_and_update
     for number in range(3):
-        seed_step(trainer.config.run.seed, number, trainer.topology.rank)
         if looks:
             probe.measure(number)
-        batches = trainer.batches.step(number)
-        counts = count_step(trainer.engine, batches, 2, stop=False)
-        sums = accumulate(trainer.engine, trainer.context, trainer.router_losses, batches, counts)
-        if looks:
-            probe.measure(number)
-        told += [sums.tolist(), trainer.engine.step(0.02)]
+        result = trainer.train_step(number, trainer.batches.step(number))
+        told += [result.task_sums.tolist(), result.grad_norm]
     assert [module.training for module in trainer.engine.module.modules()] == modes
     return [*told, *(float(t.double().abs().sum()) for t in gather_parameters(trainer.engine).values())]
 

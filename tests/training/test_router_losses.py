@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.one_process import OneProcess, counts_of, gradients, tiny_engine, tiny_samples
+from support.one_process import OneProcess, counts_of, gradients, one_step, tiny_engine, tiny_samples
 from support.ranks import on_ranks
 from support.router_losses import largest, plain, total
 from support.tiny import write_tiny_run
@@ -19,10 +19,9 @@ from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.data.batches import Batch, collate, collate_packed
-from moe_medical.evaluation.loss import TokenWeights, token_losses
-from moe_medical.training.binding import bind_batch
+from moe_medical.evaluation.loss import TokenWeights, forward_context, token_losses
+from moe_medical.training.callback import Callback
 from moe_medical.training.router_losses import RouterLosses
-from moe_medical.training.step import accumulate
 
 WEIGHTS = LossWeights(0.7, 0.3, 0.2, 0.5, 0.4, delta=0.3)
 CONFIG = MoloraConfig(
@@ -58,7 +57,7 @@ def trained(
     engine, context = tiny_engine(config, checkpointing)
     losses = RouterLosses(engine, context, config, over, TASKS)  # type: ignore[arg-type]
     batches = micro_batches(batching)
-    accumulate(engine, context, losses, batches, counts_of(batches))  # type: ignore[arg-type]
+    one_step(engine, context, losses, batches)
     return losses.values(), gradients(engine)
 
 
@@ -87,7 +86,7 @@ def forward(
     """Language-model loss, logits of each layer, and the kind of each token."""
     language, rows, kinds = torch.zeros(()), [], []
     for batch in batches:
-        with bind_batch(context, batch):
+        with forward_context(context, batch):
             tokens = token_losses(engine, batch)
             language = language + (tokens.losses * weights(tokens)).sum()
             rows.append([routing.logits_TE for routing in context.record.routings.values()])
@@ -136,7 +135,7 @@ def test_losses_of_single_tokens_look_at_nothing_in_advance(whole: Any):
     engine, context = tiny_engine(config)
     engine.module.register_forward_pre_hook(lambda *_: passes.append(context.current.name))
     losses, batches = RouterLosses(engine, context, config, "global_batch"), micro_batches("accumulated")
-    accumulate(engine, context, losses, batches, counts_of(batches))  # type: ignore[arg-type]
+    one_step(engine, context, losses, batches)
     assert passes == ["train"] * 3
     assert losses.values() == pytest.approx({n: whole[0][n] for n in ("z", "entropy")}, rel=1e-5)
 
@@ -148,13 +147,13 @@ def test_what_is_drawn_is_drawn_alike_in_advance():
     losses, batches = RouterLosses(engine, context, config, "global_batch", TASKS), micro_batches("packed")
     chosen, probs, tokens = torch.zeros(6, 4), torch.zeros(6, 4), counts_of(batches).all_tokens
 
-    def look() -> None:
-        for row, routing in enumerate(context.record.routings.values()):
-            chosen[row] += torch.bincount(routing.expert_ids_TK.flatten(), minlength=4)
-            probs[row] += routing.probs_TE.detach().sum(0)
+    class Look(Callback):
+        def after_forward(self) -> None:
+            for row, routing in enumerate(context.record.routings.values()):
+                chosen[row] += torch.bincount(routing.expert_ids_TK.flatten(), minlength=4)
+                probs[row] += routing.probs_TE.detach().sum(0)
 
-    torch.manual_seed(11)
-    accumulate(engine, context, losses, batches, counts_of(batches), look=look)  # type: ignore[arg-type]
+    one_step(engine, context, losses, batches, Look())
     balance = 4 * (chosen / tokens * probs / tokens).sum(-1).mean()
     assert losses.values()["balance"] == pytest.approx(float(balance), rel=1e-6)
 
@@ -164,7 +163,7 @@ def test_frozen_routers_have_losses_and_no_gradient():
     for name, parameter in engine.module.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".router." not in name)
     losses, batches = RouterLosses(engine, context, CONFIG, "global_batch", TASKS), micro_batches("packed")
-    accumulate(engine, context, losses, batches, counts_of(batches))  # type: ignore[arg-type]
+    one_step(engine, context, losses, batches)
     assert not any(".router." in name for name in gradients(engine))
     assert losses.values()["balance"] > 0
 

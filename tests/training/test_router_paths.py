@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.one_process import counts_of, gradients, tiny_engine, tiny_samples
+from support.one_process import counts_of, gradients, one_step, tiny_engine, tiny_samples
 from support.router_losses import plain, total
 from support.tiny import write_tiny_run
 from torch import Tensor
 
 from moe_medical.adapters.loss_weights import LossWeights
-from moe_medical.config import load_config
+from moe_medical.config import RunConfig, load_config
 from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.schema import TrainingSection
 from moe_medical.data.batches import Batch, collate_packed
 from moe_medical.errors import ConfigError
-from moe_medical.evaluation.loss import TokenLosses, TokenWeights, token_losses
-from moe_medical.training.binding import bind_batch
+from moe_medical.evaluation.loss import TokenLosses, TokenWeights, forward_context, token_losses
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.router_paths import ONE_PATH, RouterPaths
-from moe_medical.training.step import accumulate
+from moe_medical.training.step import step_seed
 
 WEIGHTS = LossWeights(balance=0.7, divergence=0.5)
 CONFIG = MoloraConfig(
@@ -95,8 +95,8 @@ def test_gradients_are_those_of_the_chosen_passes_and_of_all_routings(reduce: st
     engine, context = tiny_engine(CONFIG, checkpointing)
     batches, paths = packed(), RouterPaths(3, reduce)  # type: ignore[arg-type]
     losses, counts = RouterLosses(engine, context, CONFIG, "global_batch"), counts_of(batches)  # type: ignore
-    torch.manual_seed(11)
-    sums = accumulate(engine, context, losses, batches, counts, paths=paths)  # type: ignore[arg-type]
+    config = RunConfig(training=TrainingSection(router_paths=3, router_paths_reduce=reduce))  # type: ignore
+    sums = one_step(engine, context, losses, batches, config=config).task_sums
     of_tasks, values, wanted = by_autograd(batches, paths)
     assert sums[0].tolist() == pytest.approx(of_tasks)
     assert sums[1:].tolist() == [counts.tokens_T.tolist(), counts.rows_T.tolist()]
@@ -113,14 +113,14 @@ def by_autograd(
     engine, context = tiny_engine(CONFIG)
     counts = counts_of(batches)
     weights = TokenWeights.of("task_token_mean", counts.tokens_T, counts.rows_T, torch.device("cpu"))
-    torch.manual_seed(11)
+    torch.manual_seed(step_seed(RunConfig().run.seed, 0, 0))
     loss, of_tasks, logits, chosen = torch.zeros(()), [0.0, 0.0], [], []
     for batch in batches:
         rows = replace(
             batch,
             **{name: torch.cat([value] * 3) for name, value in vars(batch).items() if name.endswith("_BS")},
         )
-        with bind_batch(context, rows) as bound:
+        with forward_context(context, rows) as bound:
             tokens = token_losses(engine, rows)
             logits.append([routing.logits_TE[bound.token_mask_T] for routing in bound.routings.values()])
             chosen.append([routing.expert_ids_TK[bound.token_mask_T] for routing in bound.routings.values()])

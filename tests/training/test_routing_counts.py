@@ -12,6 +12,9 @@ from support.ranks import on_ranks
 from support.tiny import write_tiny_run
 from support.training import Layout, rows_of_steps, start, write_zero_settings
 
+from moe_medical.training.callback import Callback
+from moe_medical.training.routing_counts import RoutingCounts
+
 ADAPTERS = {"num_experts": 4, "top_k": 2, "rank": 4, "alpha": 8, "dropout": 0.1, "balance_coefficient": 0.5}
 PACKED = {"batching": "packed", "accumulation": 4}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -46,16 +49,20 @@ def _count_layouts(run: str, layouts: list[dict[str, Any]], settings: list[str])
 
 
 def _count(trainer: Any) -> dict[str, Any]:
-    from moe_medical.training.routing_counts import RoutingCounts
-    from moe_medical.training.step import accumulate, count_step
+    from moe_medical.training.step import TrainStep
+
+    class Counting(Callback):
+        def after_forward(self) -> None:
+            counts.add()
 
     counts, batches = RoutingCounts(trainer.engine, trainer.context, 2), trainer.batches.step(0)
-    told = count_step(trainer.engine, batches, 2, stop=False)
-    where = (trainer.engine, trainer.context, trainer.router_losses, batches, told)
+    trainer.engine.step = lambda rate: 0.0  # the second step shall see what the first one has seen
+    where = (trainer.engine, trainer.context, trainer.factors, trainer.router_losses)
+    train_step = TrainStep(trainer.config, *where, [Counting()])
     totals = []
     for _ in range(2):
         counts.begin()
-        accumulate(*where, look=counts.add)
+        train_step(0, batches)
         totals.append(counts.total().tolist())
     return {"layers": counts.layers, "totals": totals, "gates": _gates(trainer)}
 
@@ -143,7 +150,6 @@ def test_plain_adapters_have_nothing_to_count(run: Path) -> None:
 
 def test_calls_out_of_turn_are_refused() -> None:
     from moe_medical.adapters.routing import RoutingContext
-    from moe_medical.training.routing_counts import RoutingCounts
 
     class _Bare:
         module = torch.nn.Linear(1, 1)

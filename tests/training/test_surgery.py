@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from moe_medical.training.surgery import combination
 if TYPE_CHECKING:
     from moe_medical.data.batches import Batch
     from moe_medical.evaluation.loss import TokenWeights
-    from moe_medical.training.step import StepCounts
+    from moe_medical.training.step import StepCounts, StepResult
     from moe_medical.training.trainer import Trainer
 
+Weigh = Callable[..., np.ndarray]
 pytest.importorskip("torchjd")
 SOLVERS = {"upgrad": "quadprog", "cagrad": "cvxpy", "nash_mtl": "ecos"}
 RULES = [
@@ -116,41 +117,19 @@ def test_only_the_seed_decides_the_order_of_pcgrad() -> None:
 # Steps on ranks, with dropout and router losses
 
 
-class _Step:
-    """The first step of a run, ready to go."""
+def _take(trainer: Trainer, weigh: Weigh | None = None) -> StepResult:
+    """The first step of a run; `weigh` gives the factors of its tasks instead of the run's own."""
+    if weigh is not None:
+        trainer.factors.of_step = weigh  # type: ignore[assignment, method-assign]
+    return trainer.train_step(0, trainer.batches.step(0))
 
-    def __init__(self, layout: Layout, run: str, topology: Any, *settings: str, turned: bool = False) -> None:
-        from moe_medical.evaluation.loss import TokenWeights
-        from moe_medical.training.step import count_step
 
-        self.trainer: Trainer = start(layout, run, topology, settings)
-        self.batches: list[Batch] = self.trainer.batches.step(0)
-        self.counts: StepCounts = count_step(self.trainer.engine, self.batches, 2, stop=False)
-        counted = (self.counts.tokens_T, self.counts.rows_T)
-        plain = TokenWeights.of("task_token_mean", *counted, topology.device)
-        self.plain: TokenWeights = plain.times(np.array([1.0, -1.0 if turned else 1.0]))
+def _gram_of(trainer: Trainer, batches: Sequence[Batch], plain: TokenWeights) -> np.ndarray:
+    """Inner products of the tasks' gradients in the step that is being weighed."""
+    from moe_medical.training.task_gradients import kept_generators, task_gram
 
-    def seed(self) -> None:
-        """What the trainer does before a step."""
-        from moe_medical.training.step import seed_step
-
-        seed_step(self.trainer.config.run.seed, 0, self.trainer.topology.rank)
-
-    def take(self, weights: TokenWeights, rate: float = 0.01) -> tuple[float, np.ndarray]:
-        """The gradient norm before clipping, and this rank's summed losses."""
-        from moe_medical.training.step import accumulate
-
-        trainer = self.trainer
-        where = (trainer.engine, trainer.context, trainer.router_losses)
-        sums = accumulate(*where, self.batches, self.counts, weights)
-        return trainer.engine.step(rate), sums[0]
-
-    def gram(self, weights: TokenWeights) -> np.ndarray:
-        from moe_medical.training.task_gradients import kept_generators, task_gram
-
-        engine = self.trainer.engine
-        with kept_generators(engine.topology.device):
-            return task_gram(engine, self.trainer.context, self.batches, weights, 2)
+    with kept_generators(trainer.topology.device):
+        return task_gram(trainer.engine, trainer.context, batches, plain, 2)
 
 
 FACTORS = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]
@@ -162,20 +141,29 @@ LAYOUTS = [
 ]
 
 
+TURNED = np.array([1.0, -1.0])
+"""The second task's gradient turned round is in the first one's way."""
+
+
 def _norms(run: str) -> list[dict[str, Any]]:
     """By layout: gradient norms with each of FACTORS, and Gram matrices from the tasks' gradients."""
     from moe_medical.distributed.topology import start_distributed, stop_distributed
 
     topology, seen = start_distributed(Layout().configured(run, 2).parallel), []
     for layout in LAYOUTS:
-        norms = []
+        norms, grams = [], []
         for factors in FACTORS:
-            step = _Step(layout, run, topology, "adapters.balance_coefficient=0")
-            step.seed()
-            norms.append(step.take(step.plain.times(np.array(factors)))[0])
-        step = _Step(layout, run, topology, "adapters.balance_coefficient=0")
-        step.seed()
-        seen.append({"norms": norms, "gram": step.gram(step.plain).tolist()})
+            trainer = start(layout, run, topology, ["adapters.balance_coefficient=0"])
+            trainer.factors.guard_T = np.array(factors)
+            norms.append(_take(trainer).grad_norm)
+        trainer = start(layout, run, topology, ["adapters.balance_coefficient=0"])
+
+        def look(step: int, batches: Any, counts: StepCounts, plain: TokenWeights) -> np.ndarray:
+            grams.append(_gram_of(trainer, batches, plain).tolist())  # noqa: B023
+            return np.ones(2)
+
+        _take(trainer, look)
+        seen.append({"norms": norms, "gram": grams[0]})
     stop_distributed()
     return seen
 
@@ -184,57 +172,60 @@ def _surgery(run: str) -> list[dict[str, Any]]:
     """By layout: gradient norm and adapters after plain steps, and after steps with surgery."""
     from moe_medical.distributed.topology import start_distributed, stop_distributed
 
-    topology, seen = start_distributed(Layout().configured(run, 2).parallel), []
+    topology, seen, pcgrad = start_distributed(Layout().configured(run, 2).parallel), [], SURGERY
     for layout in LAYOUTS:
-        plain, cut = (_Step(layout, run, topology) for _ in range(2))
-        same = [_after(plain, lambda step: step.plain), _after(cut, _pcgrad)]
-        # The second task's gradient turned round is in the first one's way.
-        plain, cut = (_Step(layout, run, topology, turned=True) for _ in range(2))
-        hand = [_after(plain, _pcgrad_by_hand), _after(cut, _pcgrad)]
+        same = [_after(start(layout, run, topology, settings)) for settings in ([], pcgrad)]
+        plain, cut = start(layout, run, topology), start(layout, run, topology, pcgrad)
+        hand = [_after(plain, _pcgrad_by_hand(plain)), _after(cut, _turned_pcgrad(cut))]
         seen.append({"same": same, "hand": hand})
     stop_distributed()
     return seen
 
 
-def _pcgrad(step: _Step) -> TokenWeights:
-    from moe_medical.training.surgery import surgery_weights
-
-    trainer = step.trainer
-    where = (trainer.engine, trainer.context, step.batches)
-    return step.plain.times(surgery_weights("pcgrad", *where, step.plain, 2, seed=1))
+SURGERY = ["training.loss.surgery=pcgrad"]
 
 
-def _pcgrad_by_hand(step: _Step) -> TokenWeights:
+def _turned_pcgrad(trainer: Trainer) -> Weigh:
+    """The run's own surgery of gradients of which the second is turned round."""
+    own = trainer.factors.of_step
+
+    def weigh(step: int, batches: Any, counts: StepCounts, plain: TokenWeights) -> np.ndarray:
+        return np.asarray(TURNED * own(step, batches, counts, plain.times(TURNED)))
+
+    return weigh
+
+
+def _pcgrad_by_hand(trainer: Trainer) -> Weigh:
     """g_1 - <g_1, g_2> / <g_2, g_2> g_2, and the other way round."""
-    gram = step.gram(step.plain)
-    assert gram[0, 1] < 0
-    return step.plain.times(1 - gram[0, 1] / np.diag(gram))
+
+    def weigh(step: int, batches: Any, counts: StepCounts, plain: TokenWeights) -> np.ndarray:
+        gram = _gram_of(trainer, batches, plain.times(TURNED))
+        assert gram[0, 1] < 0
+        return np.asarray(TURNED * (1 - gram[0, 1] / np.diag(gram)))
+
+    return weigh
 
 
-def _after(step: _Step, weigh: Callable[[_Step], TokenWeights]) -> list[float]:
+def _after(trainer: Trainer, weigh: Weigh | None = None) -> list[float]:
     """Gradient norm, then the mean size of each adapter tensor after the step."""
     from moe_medical.distributed.state import gather_parameters
 
-    step.seed()
-    norm, _ = step.take(weigh(step))
-    return [norm, *(float(t.abs().mean()) for t in gather_parameters(step.trainer.engine).values())]
+    norm = _take(trainer, weigh).grad_norm
+    return [norm, *(float(t.abs().mean()) for t in gather_parameters(trainer.engine).values())]
 
 
 def _second_look(run: str) -> dict[str, list[float]]:
     """Losses of a step before it, and those that FAMO saw after it had changed nothing."""
     from moe_medical.distributed.topology import start_distributed, stop_distributed
-    from moe_medical.training.step_loss import StepLoss
 
     topology = start_distributed(Layout().configured(run, 2).parallel)
-    step = _Step(LAYOUTS[2], run, topology, "training.loss.task_weights=famo")
-    config = step.trainer.config
-    loss = StepLoss(config.training.loss, step.trainer.engine, step.trainer.context, 2, config.run.seed)
-    step.seed()
-    sums = step.take(loss.token_weights(0, step.batches, step.counts), rate=0.0)[1]
-    loss.observe(0, step.batches, step.counts, sums)
-    before = topology.sum(sums) / step.counts.tokens_T
+    trainer = start(LAYOUTS[2], run, topology, ["training.loss.task_weights=famo"])
+    update = trainer.engine.step
+    trainer.engine.step = lambda rate: update(0.0)  # type: ignore[method-assign]
+    result = _take(trainer)
+    before = topology.sum(result.task_sums[0]) / result.counts.tokens_T
     stop_distributed()
-    return {"before": before.tolist(), "after": loss.state()["_losses"]}
+    return {"before": before.tolist(), "after": trainer.factors.state()["_losses"]}
 
 
 def _probe(run: str) -> dict[str, Any]:
@@ -245,9 +236,9 @@ def _probe(run: str) -> dict[str, Any]:
     from moe_medical.training.task_gradients import Sketch, probe_gram
 
     topology = start_distributed(Layout().configured(run, launched_ranks()).parallel)
-    step = _Step(Layout(zero=2), run, topology, "adapters.dropout=0")
+    trainer = start(Layout(zero=2), run, topology, ["adapters.dropout=0"])
     before = torch.get_rng_state()
-    where = (step.trainer.engine, step.trainer.context, step.batches, 2)
+    where = (trainer.engine, trainer.context, trainer.batches.step(0), 2)
     exact = probe_gram(*where, seed=1)
     sketched = probe_gram(*where, seed=1, sketch=Sketch(seed=5))
     undisturbed = torch.equal(before, torch.get_rng_state())

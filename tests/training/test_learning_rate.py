@@ -7,7 +7,7 @@ import math
 import pytest
 
 from moe_medical.config.schema import TrainingSection
-from moe_medical.training.schedule import learning_rate
+from moe_medical.training.step import learning_rate
 
 
 def _rates(schedule: str, steps: int, warmup_ratio: float) -> list[float]:
