@@ -58,6 +58,8 @@ def storing(path: Path, fix: str = "Free space or fix access.") -> Iterator[None
     """
     try:
         yield
+    except StorageError:
+        raise  # an OSError too, which has already been put into words
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StorageError(f"{path} cannot be written ({reason}). {fix}") from error

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_medical.errors import StorageError
-from moe_medical.files import default_cache, publish_folder
+from moe_medical.files import default_cache, new_folder, publish_folder, write_json
 
 
 def _write(text: str):
@@ -68,4 +68,13 @@ def test_weights_that_cannot_be_written_are_a_storage_error(tmp_path):
 
     with pytest.raises(StorageError, match="No such file or directory"):
         publish_folder(write, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_a_folder_that_cannot_be_written_is_named_once(tmp_path):
+    with pytest.raises(StorageError) as caught:
+        with new_folder(tmp_path / "folder") as draft:
+            (draft / "taken").mkdir()
+            write_json(draft / "taken", {})
+    assert str(caught.value).count("cannot be written") == 1
     assert list(tmp_path.iterdir()) == []

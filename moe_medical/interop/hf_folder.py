@@ -11,25 +11,24 @@ Decisions:
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
 from moe_medical.base_model.embedded import verify_checksums
 from moe_medical.base_model.shapes import weight_files
+from moe_medical.files import new_folder, write_json
 from moe_medical.interop.loader import ADAPTER_FILE, CONFIG_FILE, MODEL_TYPE
-from moe_medical.interop.new_folder import check_new, copy_beside_weights, new_folder
-from moe_medical.interop.opened import OpenedAdapter, open_adapter
+from moe_medical.interop.merge import copy_beside_weights
+from moe_medical.interop.opened import OpenedAdapter, check_new, open_adapter
 
 LOADER = "load_moe_medical"
 RUNTIME = "moe_medical_runtime"
@@ -113,15 +112,11 @@ def _file_of(module: str) -> Traversable:
 def _write_adapter(adapter: OpenedAdapter, draft: Path) -> None:
     """Under names of its own: transformers takes an `adapter_config.json` beside weights for PEFT's."""
     config = {"model_type": MODEL_TYPE, "base": adapter.base.config}
-    _write_json(draft / "config.json", config)
-    _write_json(draft / CONFIG_FILE, {"config": asdict(adapter.config), "meta": adapter.meta})
+    write_json(draft / "config.json", config, indent=2)
+    write_json(draft / CONFIG_FILE, {"config": asdict(adapter.config), "meta": adapter.meta}, indent=2)
     state = {name: tensor.contiguous() for name, tensor in adapter.state.items()}
     save_file(state, draft / ADAPTER_FILE, metadata={"format": "pt"})
     (draft / ADAPTER_FILE).chmod((draft / CONFIG_FILE).stat().st_mode)  # safetensors makes it private
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path, link: bool) -> None:

@@ -11,7 +11,6 @@ Decisions:
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import struct
@@ -29,13 +28,23 @@ from moe_medical.base_model.load import ConvertedWeights, load_unread_base
 from moe_medical.base_model.shapes import read_header, weight_files
 from moe_medical.base_model.stored import StoredTensor
 from moe_medical.errors import ConfigError, Problem
-from moe_medical.files import sha256_file
+from moe_medical.files import new_folder, sha256_file, write_json
 from moe_medical.interop.effective import LowRank
-from moe_medical.interop.new_folder import check_new, copy_beside_weights, folder_names, new_folder
-from moe_medical.interop.opened import OpenedAdapter, check_fixed, fixed_loras, open_adapter, task_number
+from moe_medical.interop.opened import (
+    OpenedAdapter,
+    check_fixed,
+    check_new,
+    fixed_loras,
+    folder_names,
+    open_adapter,
+    task_number,
+)
 from moe_medical.interop.verify import probe_logits, refuse_other_logits
 
 RECORD_FILE = "moe_medical_merge.json"
+_BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("checksums.json", "adapter_config.json")
+"""Sums of other weights; and by what transformers would look for an adapter."""
 _FLOATS = ("F32", "F16", "BF16")
 _LOG = logging.getLogger(__name__)
 
@@ -169,6 +178,14 @@ def _write_merged(
                     file.write(merged.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
 
 
+def copy_beside_weights(base: Path, folder: Path) -> None:
+    """What stands beside a base model's weights: config, index, tokenizer, template, licence."""
+    chosen = {path for pattern in _BESIDE_WEIGHTS for path in base.glob(pattern) if path.is_file()}
+    for path in sorted(chosen):
+        if path.name not in _NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+
+
 def _write_record(adapter: OpenedAdapter, task: str | None, error: float | None, folder: Path) -> None:
     """Where the weights came from; the prompts of the training are needed to use them."""
     record = {
@@ -181,5 +198,4 @@ def _write_record(adapter: OpenedAdapter, task: str | None, error: float | None,
         "system_prompt": adapter.meta.get("system_prompt"),
         "largest_logit_difference": error,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    write_json(folder / RECORD_FILE, record, indent=2)

@@ -1,7 +1,8 @@
-"""What is merged or exported: an adapter folder, checked against its base before anything is written.
+"""What is merged or exported, and where to: all that can be checked before anything is written.
 
-Decision: the check builds the adapted model on torch's meta device, by the code that trains it, so that an
-adapter of another base, a missing or an unknown tensor is found without memory and without a second rule.
+Decision: whether an adapter fits its base is found by building the adapted model on torch's meta device, by
+the code that trains it: so an adapter of another base, a missing or an unknown tensor is found without memory
+and without a second rule.
 """
 
 from __future__ import annotations
@@ -68,6 +69,31 @@ class OpenedAdapter:
     def refused(self, path: str, rule: str, actual: object = None, fix: str = "") -> ConfigError:
         """The error that names this adapter."""
         return ConfigError(str(self.folder), [Problem(path, rule, actual, fix)])
+
+
+def check_new(out: Path) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        ConfigError: It is a file, or a folder that is not empty.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError("--out", [Problem(str(out), "must be a folder that is not there yet")])
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError("--out", [Problem(str(out), "must be empty, so that nothing is overwritten")])
+
+
+def folder_names(tasks: Sequence[str]) -> list[str]:
+    """The tasks, each usable as the name of one folder.
+
+    Raises:
+        ConfigError: One is not, or is given twice.
+    """
+    wrong = [task for task in tasks if Path(task).name != task or task == ".." or tasks.count(task) > 1]
+    if wrong:
+        rule = "must be names that a folder can have, each given once"
+        raise ConfigError("--task", [Problem("task", rule, wrong)])
+    return list(tasks)
 
 
 def open_adapter(folder: Path, base: str | None = None, only: Sequence[str] = ()) -> OpenedAdapter:

@@ -14,7 +14,6 @@ Decisions:
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +27,17 @@ from torch.nn.functional import pad
 
 from moe_medical.base_model.embedded import EMBEDDED_NAME
 from moe_medical.errors import ConfigError, Problem
+from moe_medical.files import new_folder, write_json
 from moe_medical.interop.effective import LowRank
 from moe_medical.interop.merge import is_transposed, merge_matrix, weight_places
-from moe_medical.interop.new_folder import check_new, folder_names, new_folder
-from moe_medical.interop.opened import OpenedAdapter, check_fixed, fixed_loras, open_adapter
+from moe_medical.interop.opened import (
+    OpenedAdapter,
+    check_fixed,
+    check_new,
+    fixed_loras,
+    folder_names,
+    open_adapter,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -93,7 +99,7 @@ def export_peft(
                 "gate": None if gate is None else list(gate),
                 "system_prompt": opened.meta.get("system_prompt"),
             }
-            _write_json(place / RECORD_FILE, record)
+            write_json(place / RECORD_FILE, record, indent=2)
         if for_vllm:
             _write_index(opened, ranks, out, draft)
     return [out / folder for folder in ranks] if for_vllm else [out]
@@ -159,7 +165,7 @@ def _with_magnitudes(adapter: OpenedAdapter, loras: dict[str, LowRank]) -> dict[
 
 
 def _write_lora(adapter: OpenedAdapter, lora: _PeftLora, folder: Path) -> None:
-    _write_json(folder / CONFIG_FILE, _peft_config(adapter, lora))
+    write_json(folder / CONFIG_FILE, _peft_config(adapter, lora), indent=2)
     tensors: dict[str, Tensor] = {}
     for name, low_rank in lora.modules.items():
         prefix = f"base_model.model.{name}"
@@ -209,7 +215,7 @@ def _write_index(adapter: OpenedAdapter, ranks: Mapping[str, int], out: Path, dr
         "max_loras": len(modules),
         "lora_modules": [{"name": name, "path": path} for name, path in modules.items()],
     }
-    _write_json(draft / VLLM_INDEX, index)
+    write_json(draft / VLLM_INDEX, index, indent=2)
 
 
 def _name_for_others(adapter: OpenedAdapter) -> str:
@@ -222,7 +228,3 @@ def _name_for_others(adapter: OpenedAdapter) -> str:
 def _whole(alpha: float) -> float | int:
     """Without a decimal point where it can be: PEFT declares `lora_alpha` an int."""
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
