@@ -72,9 +72,12 @@ def test_weights_that_cannot_be_written_are_a_storage_error(tmp_path):
 
 
 def test_a_file_of_a_folder_that_cannot_be_written_is_named_once(tmp_path):
-    with pytest.raises(StorageError) as caught:
+    def write() -> None:
         with new_folder(tmp_path / "folder") as draft:
             (draft / "taken").mkdir()
             write_json(draft / "taken", {})
+
+    with pytest.raises(StorageError) as caught:
+        write()
     assert str(caught.value).count("cannot be written") == 1
     assert list(tmp_path.iterdir()) == []
