@@ -8,124 +8,83 @@ chosen experts alone, which is small while H is small against D and F.
 With an A that all experts share (HydraLoRA, arXiv 2404.19245) the `rank` hidden units are computed once, and
 each expert's gated copy meets its own B. Plain LoRA is the case of one expert without a gate.
 
-Shapes beside the package's: H = E * rank gated units; h = H hidden units, or rank where A is shared.
+Shapes beside the package's: r = rank; H = E * r gated units; h = H hidden units, or r where A is shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from moe_medical.adapters.paths import GatedLora, spread_gate
+from moe_medical.adapters.paths import GatedLora, Gradients, Wanted, spread_gate
 
 
 def add(y_TF: Tensor, x_TD: Tensor, lora: GatedLora, ids_TK: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
     """See `Path`. Kept are the hidden units; with `ids_TK` only those of the chosen experts, and the ids."""
-    units = _Units(lora, ids_TK)
-    hidden_Th = x_TD @ units.flat_A.t()
-    y_TF.addmm_(units.gated(hidden_Th), units.flat_B.t())
+    A_hD, B_FH = _as_one_lora(lora)
+    hidden_TEr = _by_expert(x_TD @ A_hD.t(), lora)
+    y_TF.addmm_((hidden_TEr * _weights(lora, ids_TK)).flatten(1), B_FH.t())
     if not keep:
         return ()
     if ids_TK is None:
-        return (hidden_Th,)
-    return units.chosen(hidden_Th), ids_TK
+        return (hidden_TEr,)
+    if not lora.shares_A:  # the others meet a gate of 0 and no gradient
+        hidden_TEr = hidden_TEr.gather(1, ids_TK.unsqueeze(-1).expand(-1, -1, hidden_TEr.shape[-1]))
+    return hidden_TEr, ids_TK
 
 
-def gradients(grad_TF: Tensor, lora: GatedLora, kept: Sequence[Tensor]) -> _Gradients:
-    """See `Path`."""
-    hidden, *ids = kept
-    return _Gradients(grad_TF, lora, hidden, *ids)
-
-
-class _Gradients:
-    """The chain rule through y += (hidden * gate) B^T, hidden = x A^T."""
-
-    def __init__(self, grad_TF: Tensor, lora: GatedLora, hidden: Tensor, ids_TK: Tensor | None = None):
-        self._units = _Units(lora, ids_TK)
-        self._grad_TF = grad_TF
-        self._hidden_Th = self._units.spread(hidden)
-        self._grad_gated_TH = grad_TF @ self._units.flat_B
-        self._grad_hidden_Th = self._units.ungated(self._grad_gated_TH)
-
-    def of_A(self, x_TD: Tensor) -> Tensor:
-        return (self._grad_hidden_Th.t() @ x_TD).view(self._units.shape_A)
-
-    def of_B(self) -> Tensor:
-        grad_HF = self._units.gated(self._hidden_Th).t() @ self._grad_TF
-        *experts, features, rank = self._units.shape_B
-        return grad_HF.view(*experts, rank, features).transpose(-1, -2)
-
-    def of_gate(self) -> Tensor:
-        return self._units.grad_gate(self._grad_gated_TH, self._hidden_Th)
-
-    def of_x(self, shape: torch.Size) -> Tensor:
+def gradients(
+    grad_TF: Tensor, x_TD: Tensor | None, lora: GatedLora, kept: Sequence[Tensor], wanted: Wanted
+) -> Gradients:
+    """See `Path`: the chain rule through y += (hidden * weight) B^T and hidden = x A^T."""
+    hidden_TEr, ids_TK = (kept[0], None) if len(kept) == 1 else kept
+    if ids_TK is not None and not lora.shares_A:  # back to all experts, with 0 for those not chosen
+        chosen_TKr = hidden_TEr
+        zeros_TEr = chosen_TKr.new_zeros(len(chosen_TKr), lora.num_experts, chosen_TKr.shape[-1])
+        hidden_TEr = zeros_TEr.scatter_(1, ids_TK.unsqueeze(-1).expand_as(chosen_TKr), chosen_TKr)
+    A_hD, B_FH = _as_one_lora(lora)
+    weights = _weights(lora, ids_TK)
+    grad_gated_TEr = (grad_TF @ B_FH).unflatten(-1, (lora.num_experts, -1))
+    grad_hidden_TEr = grad_gated_TEr * weights
+    # Units that all experts share sum what comes back from each.
+    grad_hidden_Th = grad_hidden_TEr.sum(1) if lora.shares_A else grad_hidden_TEr.flatten(1)
+    grad_A = grad_B = grad_gate = grad_x = None
+    if x_TD is not None:
+        grad_A = (grad_hidden_Th.t() @ x_TD).view(lora.lora_A.shape)
+        grad_HF = (hidden_TEr * weights).flatten(1).t() @ grad_TF
+        *experts, features, rank = lora.lora_B.shape
+        grad_B = grad_HF.view(*experts, rank, features).transpose(-1, -2)
+        del x_TD, grad_HF  # a copy of the layer's input, where there is dropout
+    yield grad_A, grad_B
+    if wanted.gate and lora.gate is not None:
+        grad_TE = (grad_gated_TEr * hidden_TEr).sum(-1, dtype=lora.gate.dtype) * lora.scale
+        grad_gate = grad_TE if ids_TK is None else grad_TE.gather(1, ids_TK)
+    if wanted.x_shape is not None:
         # In the shape of x without a view: autograd adds gradients in place only to a sole owner.
-        grad_hidden = self._grad_hidden_Th.view(*shape[:-1], self._grad_hidden_Th.shape[-1])
-        return grad_hidden @ self._units.flat_A
+        grad_x = grad_hidden_Th.view(*wanted.x_shape[:-1], grad_hidden_Th.shape[-1]) @ A_hD
+    yield grad_gate, grad_x
 
 
-class _Units:
-    """All experts of a layer as one LoRA, with its hidden units' gates.
+def _as_one_lora(lora: GatedLora) -> tuple[Tensor, Tensor]:
+    """A (h, D) and B (F, H) in the compute dtype."""
+    # (E, r, D): experts lie one behind the other, so this is a view.
+    A_hD = lora.lora_A.to(lora.dtype).reshape(-1, lora.lora_A.shape[-1])
+    # (E, F, r) -> (F, E, r): this copies, unless B is laid out for it (`model.lay_out_for_answers`).
+    B_FH = lora.lora_B.to(lora.dtype).movedim(-2, 0).reshape(lora.lora_B.shape[-2], -1)
+    return A_hD, B_FH
 
-    Weights are in the compute dtype; a gate times the scale is rounded once.
-    """
 
-    def __init__(self, lora: GatedLora, ids_TK: Tensor | None):
-        self.shape_A = lora.lora_A.shape
-        self.shape_B = lora.lora_B.shape
-        self._num_experts = lora.num_experts
-        self._shared_A = lora.lora_A.dim() < lora.lora_B.dim()
-        self._scale = lora.scale
-        self._ids_TK = ids_TK
-        self._weight_TE1: Tensor | None = None
-        self._gate_dtype: torch.dtype | None = None
-        assert lora.gate is not None or not self._shared_A, "experts that share A differ by their gates"
-        if lora.gate is not None:
-            gate_TE = lora.gate if ids_TK is None else spread_gate(lora.gate, ids_TK, self._num_experts)
-            assert gate_TE.shape[1] == self._num_experts, "a shard of experts needs an exchange"
-            self._weight_TE1 = (gate_TE * lora.scale).to(lora.dtype).unsqueeze(-1)
-            self._gate_dtype = lora.gate.dtype
-        # (E, rank, D) -> (h, D): experts lie one behind the other, so this is a view.
-        self.flat_A = lora.lora_A.to(lora.dtype).reshape(-1, lora.lora_A.shape[-1])
-        # (E, F, rank) -> (F, H): a copy, unless B is laid out for it (`model.lay_out_for_answers`).
-        self.flat_B = lora.lora_B.to(lora.dtype).movedim(-2, 0).reshape(lora.lora_B.shape[-2], -1)
+def _by_expert(hidden_Th: Tensor, lora: GatedLora) -> Tensor:
+    """(T, E, r); (T, 1, r) where A is shared, as all experts see the same units."""
+    return hidden_Th.unflatten(-1, (1 if lora.shares_A else lora.num_experts, -1))
 
-    def gated(self, hidden_Th: Tensor) -> Tensor:
-        """(T, H): each expert's units times its gate and the scale."""
-        if self._weight_TE1 is None:
-            return hidden_Th * self._scale
-        return (self._per_expert(hidden_Th) * self._weight_TE1).flatten(1)
 
-    def ungated(self, grad_gated_TH: Tensor) -> Tensor:
-        """(T, h): gradient of the units from that of their gated copies."""
-        if self._weight_TE1 is None:
-            return grad_gated_TH * self._scale
-        grad_TEr = grad_gated_TH.unflatten(-1, (self._num_experts, -1)) * self._weight_TE1
-        return grad_TEr.sum(1) if self._shared_A else grad_TEr.flatten(1)
-
-    def grad_gate(self, grad_gated_TH: Tensor, hidden_Th: Tensor) -> Tensor:
-        """(T, E) or (T, K) in the gate's dtype."""
-        per_unit = grad_gated_TH.unflatten(-1, (self._num_experts, -1)) * self._per_expert(hidden_Th)
-        grad_TE = per_unit.sum(-1, dtype=self._gate_dtype) * self._scale
-        return grad_TE if self._ids_TK is None else grad_TE.gather(1, self._ids_TK)
-
-    def chosen(self, hidden_Th: Tensor) -> Tensor:
-        """(T, K, rank): the units of chosen experts; the others meet a gate of 0 and no gradient."""
-        if self._ids_TK is None or self._shared_A:
-            return hidden_Th
-        units_TEr = self._per_expert(hidden_Th)
-        return units_TEr.gather(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, units_TEr.shape[-1]))
-
-    def spread(self, hidden: Tensor) -> Tensor:
-        """(T, h): undoes `chosen`, with 0 for the others."""
-        if self._ids_TK is None or self._shared_A:
-            return hidden
-        rank = hidden.shape[-1]
-        units_TEr = hidden.new_zeros(len(hidden), self._num_experts, rank)
-        return units_TEr.scatter_(1, self._ids_TK.unsqueeze(-1).expand(-1, -1, rank), hidden).flatten(1)
-
-    def _per_expert(self, hidden_Th: Tensor) -> Tensor:
-        """(T, E, rank), or (T, 1, rank) where A is shared."""
-        return hidden_Th.unsqueeze(1) if self._shared_A else hidden_Th.unflatten(-1, (self._num_experts, -1))
+def _weights(lora: GatedLora, ids_TK: Tensor | None) -> Tensor | float:
+    """(T, E, 1): each expert's gate times the scale, rounded once; the scale alone where there is no gate."""
+    if lora.gate is None:
+        assert not lora.shares_A, "experts that share A differ by their gates"
+        return lora.scale
+    gate_TE = lora.gate if ids_TK is None else spread_gate(lora.gate, ids_TK, lora.num_experts)
+    assert gate_TE.shape[1] == lora.num_experts, "a shard of experts needs an exchange"
+    return (gate_TE * lora.scale).to(lora.dtype).unsqueeze(-1)

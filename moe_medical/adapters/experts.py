@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from moe_medical.adapters import concat, grouped, kernels
 from moe_medical.adapters.dropout import draw_mask, masked
 from moe_medical.adapters.exchange import WeightExchange
-from moe_medical.adapters.paths import GatedLora, Path, spread_gate
+from moe_medical.adapters.paths import GatedLora, Path, Wanted, spread_gate
 from moe_medical.adapters.routing import Routing
 from moe_medical.errors import ConfigError, Problem
 
@@ -172,22 +172,25 @@ class _ApplyExperts(torch.autograd.Function):
         gathered, kept = saved[: ctx.num_gathered], saved[ctx.num_gathered :]
         _, wants_x, wants_A, wants_B, wants_gate, *_ = ctx.needs_input_grad
         exchange = ctx.call.exchange
+        wanted = Wanted(bool(wants_A or wants_B or exchange), wants_gate, x.shape if wants_x else None)
         mask = ctx.dropout.mask(x, again=True) if ctx.dropout else mask
-        grad_x = grad_A = grad_B = grad_gate = travelling = None
+        travelling = None
         with torch.autocast(grad_y.device.type, enabled=False):
             all_A, all_B = gathered or (exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B))
-            lora = GatedLora(all_A, all_B, gate, ctx.scale, ctx.dtype)
-            gradients = PATHS[ctx.call.path].gradients(_rows(grad_y), lora, kept)
-            if wants_A or exchange:
-                grad_A = gradients.of_A(_rows(masked(x, mask, ctx.dtype))).to(lora_A.dtype)
-            if wants_B or exchange:
-                grad_B = gradients.of_B().to(lora_B.dtype)
+            gradients = PATHS[ctx.call.path].gradients(
+                _rows(grad_y),
+                _rows(masked(x, mask, ctx.dtype)) if wanted.factors else None,
+                GatedLora(all_A, all_B, gate, ctx.scale, ctx.dtype),
+                kept,
+                wanted,
+            )
+            grad_A, grad_B = next(gradients)
+            grad_A = None if grad_A is None else grad_A.to(lora_A.dtype)
+            grad_B = None if grad_B is None else grad_B.to(lora_B.dtype)
             if exchange:  # on their way while the rest is computed
                 travelling = exchange.reduce(grad_A, grad_B)
-            if wants_gate:
-                grad_gate = gradients.of_gate()
-            if wants_x:
-                grad_x = gradients.of_x(x.shape)
+            grad_gate, grad_x = next(gradients)
+            if grad_x is not None:
                 grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
         if travelling:
             grad_A, grad_B = travelling.wait()

@@ -18,60 +18,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm
 
-from moe_medical.adapters.paths import GatedLora
+from moe_medical.adapters.paths import GatedLora, Gradients, Wanted
 
 ALIGNMENT_BYTES = 16
 """Of grouped_mm's strides."""
 
 
 def add(y_TF: Tensor, x_TD: Tensor, lora: GatedLora, ids_TK: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
-    """See `Path`; experts may be twice in a row of `ids_TK`."""
+    """See `Path`; an expert may be twice in a row of `ids_TK`."""
     assert ids_TK is not None, "only chosen experts have tokens of their own"
-    assert lora.gate is not None, "only chosen experts have tokens of their own"
     order = _Order.of(ids_TK, lora.num_experts)
-    hidden_Nr = grouped_mm(order.sorted(x_TD), _transposed(lora.lora_A, lora.dtype), offs=order.ends_E)
-    gated_Nr = hidden_Nr * order.gates(lora.gate, lora.scale, lora.dtype)
-    delta_NF = grouped_mm(gated_Nr, _transposed(lora.lora_B, lora.dtype), offs=order.ends_E)
+    # grouped_mm wants (E, D, rank) and (E, rank, F): views, as A and B are stored the other way round.
+    A_EDr = lora.lora_A.to(lora.dtype).transpose(-1, -2)
+    B_ErF = lora.lora_B.to(lora.dtype).transpose(-1, -2)
+    hidden_Nr = grouped_mm(order.sorted(x_TD), A_EDr, offs=order.ends_E)
+    delta_NF = grouped_mm(hidden_Nr * _gates(lora, order), B_ErF, offs=order.ends_E)
     y_TF.add_(order.summed(delta_NF))
     return (hidden_Nr, *order) if keep else ()
 
 
-def gradients(grad_TF: Tensor, lora: GatedLora, kept: Sequence[Tensor]) -> _Gradients:
-    """See `Path`."""
-    hidden_Nr, *order = kept
-    return _Gradients(grad_TF, lora, hidden_Nr, _Order(*order))
-
-
-class _Gradients:
-    """The chain rule through each copy of a token."""
-
-    def __init__(self, grad_TF: Tensor, lora: GatedLora, hidden_Nr: Tensor, order: _Order):
-        assert lora.gate is not None
-        self._lora = lora
-        self._order = order
-        self._hidden_Nr = hidden_Nr
-        self._gate_dtype = lora.gate.dtype
-        self._gates_N1 = order.gates(lora.gate, lora.scale, lora.dtype)
-        self._grad_NF = order.sorted(grad_TF)
-        # B (E, F, rank) and A (E, rank, D) as they lie are the right factors here.
-        self._grad_gated_Nr = grouped_mm(self._grad_NF, lora.lora_B.to(lora.dtype), offs=order.ends_E)
-        self._grad_hidden_Nr = self._grad_gated_Nr * self._gates_N1
-
-    def of_A(self, x_TD: Tensor) -> Tensor:
-        return self._order.by_expert(self._grad_hidden_Nr, self._order.sorted(x_TD))
-
-    def of_B(self) -> Tensor:
-        return self._order.by_expert(self._hidden_Nr * self._gates_N1, self._grad_NF).transpose(-1, -2)
-
-    def of_gate(self) -> Tensor:
-        per_unit = self._grad_gated_Nr * self._hidden_Nr
-        grad_N = per_unit.sum(-1, dtype=self._gate_dtype) * self._lora.scale
-        return grad_N[self._order.place_TK]
-
-    def of_x(self, shape: torch.Size) -> Tensor:
-        weight_ErD = self._lora.lora_A.to(self._lora.dtype)
-        grad_ND = grouped_mm(self._grad_hidden_Nr, weight_ErD, offs=self._order.ends_E)
-        return self._order.summed(grad_ND).view(shape)
+def gradients(
+    grad_TF: Tensor, x_TD: Tensor | None, lora: GatedLora, kept: Sequence[Tensor], wanted: Wanted
+) -> Gradients:
+    """See `Path`: the chain rule through each copy of a token."""
+    hidden_Nr, *rest = kept
+    order = _Order(*rest)
+    gates_N1 = _gates(lora, order)
+    grad_NF = order.sorted(grad_TF)
+    grad_gated_Nr = grouped_mm(grad_NF, lora.lora_B.to(lora.dtype), offs=order.ends_E)
+    grad_hidden_Nr = grad_gated_Nr * gates_N1
+    grad_A = grad_B = grad_gate = grad_x = None
+    if x_TD is not None:
+        grad_A = _per_expert(grad_hidden_Nr, order.sorted(x_TD), order)
+        grad_B = _per_expert(hidden_Nr * gates_N1, grad_NF, order).transpose(-1, -2)
+        del x_TD  # a copy of the layer's input, where there is dropout
+    yield grad_A, grad_B
+    if wanted.gate and lora.gate is not None:
+        grad_N = (grad_gated_Nr * hidden_Nr).sum(-1, dtype=lora.gate.dtype) * lora.scale
+        grad_gate = grad_N[order.place_TK]
+    if wanted.x_shape is not None:
+        grad_ND = grouped_mm(grad_hidden_Nr, lora.lora_A.to(lora.dtype), offs=order.ends_E)
+        grad_x = order.summed(grad_ND).view(wanted.x_shape)
+    yield grad_gate, grad_x
 
 
 class _Order(NamedTuple):
@@ -98,20 +86,19 @@ class _Order(NamedTuple):
         return x_TD.index_select(0, self.copy_N // self.place_TK.shape[1])
 
     def summed(self, copies_ND: Tensor) -> Tensor:
-        """(N, D) -> (T, D): the sum of each token's copies."""
+        """(N, D) -> (T, D): the sum of each token's copies, gathered rather than added by index."""
         return embedding_bag(self.place_TK, copies_ND, mode="sum")
 
-    def gates(self, weights_TK: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """(N, 1): each place's gate times the scale, rounded once."""
-        return (weights_TK.flatten()[self.copy_N] * scale).to(dtype).unsqueeze(-1)
 
-    def by_expert(self, left_Nr: Tensor, right_ND: Tensor) -> Tensor:
-        """(E, rank, D): left^T right over each expert's copies; zero where it has none."""
-        product_ErD = grouped_mm(left_Nr.t(), right_ND, offs=self.ends_E)
-        # grouped_mm writes nothing for an empty group: what is there is whatever the memory held.
-        used_E = self.ends_E.diff(prepend=self.ends_E.new_zeros(1)) > 0
-        return torch.where(used_E[:, None, None], product_ErD, 0)
+def _gates(lora: GatedLora, order: _Order) -> Tensor:
+    """(N, 1): each place's gate times the scale, rounded once."""
+    assert lora.gate is not None, "only chosen experts have tokens of their own"
+    return (lora.gate.flatten()[order.copy_N] * lora.scale).to(lora.dtype).unsqueeze(-1)
 
 
-def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).transpose(-1, -2)
+def _per_expert(left_Nr: Tensor, right_ND: Tensor, order: _Order) -> Tensor:
+    """(E, rank, D): left^T right over each expert's copies; zero where it has none."""
+    product_ErD = grouped_mm(left_Nr.t(), right_ND, offs=order.ends_E)
+    # grouped_mm writes nothing for an empty group: what is there is whatever the memory held.
+    used_E = order.ends_E.diff(prepend=order.ends_E.new_zeros(1)) > 0
+    return torch.where(used_E[:, None, None], product_ErD, 0)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_medical.adapters.paths import GatedLora, spread_gate
+from moe_medical.adapters.paths import GatedLora, Gradients, Wanted, spread_gate
 
 MAX_RANK = 128
 _FEATURES_BLOCK = 64
@@ -59,39 +59,25 @@ def add(y_TF: Tensor, x_TD: Tensor, lora: GatedLora, ids_TK: Tensor | None, keep
     return (hidden_TH, ids_TK) if keep else ()
 
 
-def gradients(grad_TF: Tensor, lora: GatedLora, kept: Sequence[Tensor]) -> _Gradients:
-    """See `Path`."""
+def gradients(
+    grad_TF: Tensor, x_TD: Tensor | None, lora: GatedLora, kept: Sequence[Tensor], wanted: Wanted
+) -> Gradients:
+    """See `Path`; as `concat.gradients`, with a kernel for each product."""
+    assert lora.gate is not None, "a plain LoRA goes the concat path"
     hidden_TH, ids_TK = kept
-    return _Gradients(grad_TF.contiguous(), lora, hidden_TH, ids_TK)
-
-
-class _Gradients:
-    """As `concat._Gradients`; a kernel for each product."""
-
-    def __init__(self, grad_TF: Tensor, lora: GatedLora, hidden_TH: Tensor, ids_TK: Tensor):
-        assert lora.gate is not None
-        self._lora = lora
-        self._grad_TF = grad_TF
-        self._hidden_TH = hidden_TH
-        self._ids_TK = ids_TK
-        self._gate_dtype = lora.gate.dtype
-        self._gate_TE = spread_gate(lora.gate, ids_TK, lora.num_experts)
-        self._lora_B = lora.lora_B.contiguous()
-        self._grad_hidden_TH, self._grad_gate_TE = hidden_gradient(
-            grad_TF, hidden_TH, self._gate_TE, self._lora_B, lora.scale
-        )
-
-    def of_A(self, x_TD: Tensor) -> Tensor:
-        return a_gradient(self._grad_hidden_TH, x_TD, self._lora.lora_A)
-
-    def of_B(self) -> Tensor:
-        return b_gradient(self._grad_TF, self._hidden_TH, self._gate_TE, self._lora_B, self._lora.scale)
-
-    def of_gate(self) -> Tensor:
-        return self._grad_gate_TE.gather(1, self._ids_TK).to(self._gate_dtype)
-
-    def of_x(self, shape: torch.Size) -> Tensor:
-        return input_gradient(self._grad_hidden_TH, self._lora.lora_A).view(shape)
+    grad_TF = grad_TF.contiguous()
+    lora_B = lora.lora_B.contiguous()
+    gate_TE = spread_gate(lora.gate, ids_TK, lora.num_experts)
+    grad_hidden_TH, grad_gate_TE = hidden_gradient(grad_TF, hidden_TH, gate_TE, lora_B, lora.scale)
+    grad_A = grad_B = grad_x = None
+    if x_TD is not None:
+        grad_A = a_gradient(grad_hidden_TH, x_TD, lora.lora_A)
+        grad_B = b_gradient(grad_TF, hidden_TH, gate_TE, lora_B, lora.scale)
+        del x_TD  # a copy of the layer's input, where there is dropout
+    yield grad_A, grad_B
+    if wanted.x_shape is not None:
+        grad_x = input_gradient(grad_hidden_TH, lora.lora_A).view(wanted.x_shape)
+    yield grad_gate_TE.gather(1, ids_TK).to(lora.gate.dtype), grad_x
 
 
 def hidden_units(x_TD: Tensor, lora_A: Tensor) -> Tensor:

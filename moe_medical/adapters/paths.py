@@ -9,9 +9,9 @@ autocast and the exchange of expert parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,24 +37,24 @@ class GatedLora:
         """E; 1 for a plain LoRA."""
         return len(self.lora_B) if self.lora_B.dim() == 3 else 1
 
+    @property
+    def shares_A(self) -> bool:
+        """Whether all experts have one A."""
+        return self.lora_A.dim() < self.lora_B.dim()
 
-class PathGradients(Protocol):
-    """Gradients of one backward pass, each made when it is asked for.
 
-    One by one, so that those of the experts can travel to their ranks while the others are computed.
-    """
+class Wanted(NamedTuple):
+    """Which gradients anybody asked for."""
 
-    def of_A(self, x_TD: Tensor) -> Tensor:
-        """In the shape of A; x_TD as `add` got it."""
+    factors: bool
+    """A's and B's."""
+    gate: bool
+    x_shape: torch.Size | None
+    """Shape of the layer's input (..., D), None where its gradient is not wanted."""
 
-    def of_B(self) -> Tensor:
-        """In the shape of B."""
 
-    def of_gate(self) -> Tensor:
-        """In the shape and dtype of the gate."""
-
-    def of_x(self, shape: torch.Size) -> Tensor:
-        """In the shape of the layer's input; new memory."""
+Gradients = Iterator[tuple[Tensor | None, Tensor | None]]
+"""First those of A and B in their shapes, then those of the gate, in its shape and dtype, and of x."""
 
 
 class Path(Protocol):
@@ -76,8 +76,18 @@ class Path(Protocol):
             What `gradients` needs beside x and `lora`; nothing unless it is to `keep`.
         """
 
-    def gradients(self, grad_TF: Tensor, lora: GatedLora, kept: Sequence[Tensor]) -> PathGradients:
-        """Of one backward pass: from the gradient of y, and what `add` got and returned."""
+    def gradients(
+        self, grad_TF: Tensor, x_TD: Tensor | None, lora: GatedLora, kept: Sequence[Tensor], wanted: Wanted
+    ) -> Gradients:
+        """Of one backward pass, in two steps: A's and B's can travel while the others are computed.
+
+        Args:
+            grad_TF: Of y, in its dtype.
+            x_TD: As `add` got it; None where A's and B's gradients are not wanted.
+            lora: The same.
+            kept: What `add` returned.
+            wanted: What is not wanted is None.
+        """
 
 
 def spread_gate(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
