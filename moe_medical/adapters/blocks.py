@@ -155,13 +155,15 @@ class FfnLoraLinear(AdaptedLinear):
         experts = target.config.num_experts
         rank = target.config.expert_rank(experts)
         self.lora_A = nn.Parameter(self._new_A(self.new_generator(), experts, rank, self.in_features))
-        self.lora_B = self._new_B(experts, self.out_features, rank)
+        self.lora_B = nn.Parameter(torch.zeros(experts, self.out_features, rank, device=self._device))
         self._dispatch = dispatch
         shape = ExpertShape(experts, rank, 1, self.in_features, self.out_features)
         self.path = ExpertPath(target.config.path, shape)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    expert_parameters = adapter_parameters
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +204,8 @@ class FfnCopyLinear(AdaptedLinear):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    expert_parameters = adapter_parameters
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ class AdapterModule(nn.Module):
         """Local name -> parameter, in a fixed order; those of modules inside are their own."""
         raise NotImplementedError
 
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of routed experts, whose first dimension counts this rank's; none in a plain adapter."""
+        return {}
+
     def new_generator(self) -> torch.Generator:
         """Of the initial values."""
         return torch.Generator().manual_seed(self._generator_seed)
@@ -168,9 +172,6 @@ class AdaptedLinear(AdapterModule):
         bound = 1 / math.sqrt(self.in_features)
         return values.uniform_(-bound, bound, generator=generator).to(self._device)
 
-    def _new_B(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self._device))
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scaling={self.scaling:g}"
 
@@ -189,7 +190,7 @@ class LoraLinear(AdaptedLinear):
         super().__init__(target)
         rank = target.config.rank
         self.lora_A = nn.Parameter(self._new_A(self.new_generator(), rank, self.in_features))
-        self.lora_B = self._new_B(self.out_features, rank)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self._device))
         self.magnitude: nn.Parameter | None = None
         if target.config.dora:  # from |W|, so that step 0 is the base
             self.magnitude = nn.Parameter(rows_of(self.base).norm(dim=1))
@@ -245,7 +246,7 @@ class MoloraLinear(Routed, AdaptedLinear):
             router = new_router(config, self.in_features, generator).to(self._device)
         self.router = router
         self._new_shared_experts(config, generator)
-        self.path = ExpertPath(config.path, self._shape_of(config))
+        self.path = self._new_path(config)
         self.weight_exchange: WeightExchange | None = None
         self.token_exchange: TokenExchange | None = None
 
@@ -256,7 +257,8 @@ class MoloraLinear(Routed, AdaptedLinear):
         else:  # all are drawn and the own ones cut out, so that an expert starts alike on whatever rank
             all_A = self._new_A(generator, config.num_experts, rank, self.in_features)
             self.lora_A = nn.Parameter(all_A[own].clone())
-        self.lora_B = self._new_B(own.stop - own.start, self.out_features, rank)
+        own_B = torch.zeros(own.stop - own.start, self.out_features, rank, device=self._device)
+        self.lora_B = nn.Parameter(own_B)
 
     def _new_shared_experts(self, config: MoloraConfig, generator: torch.Generator) -> None:
         self.shared_A: nn.Parameter | None = None
@@ -268,7 +270,7 @@ class MoloraLinear(Routed, AdaptedLinear):
         count = config.shared_experts
         rank = config.expert_rank(config.num_experts)
         self.shared_A = nn.Parameter(self._new_A(generator, count, rank, self.in_features))
-        self.shared_B = self._new_B(count, self.out_features, rank)
+        self.shared_B = nn.Parameter(torch.zeros(count, self.out_features, rank, device=self._device))
         if config.learn_shared_weight:
             gates = torch.full((count,), config.shared_weight, device=self._device)
             self.shared_gate = nn.Parameter(gates)
@@ -279,7 +281,6 @@ class MoloraLinear(Routed, AdaptedLinear):
         return {**self.expert_parameters(), **shared, **self.router_parameters()}
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """Those whose first dimension counts this rank's experts."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     @torch.compiler.disable  # routings leave and collectives run as side effects, which a trace would freeze
@@ -324,10 +325,17 @@ class MoloraLinear(Routed, AdaptedLinear):
         gate_TS = self.shared_gate.expand(x.numel() // self.in_features, -1)
         return apply_lora(y, x, factors, gate_TS, overwrite=True)
 
-    def _shape_of(self, config: MoloraConfig) -> ExpertShape:
+    def _new_path(self, config: MoloraConfig) -> ExpertPath:
         experts, features, rank = self.lora_B.shape
-        top_k = ROUTERS[config.router].gates_per_token(config)
-        return ExpertShape(experts, rank, top_k, self.in_features, features, config.shared_a)
+        shape = ExpertShape(
+            num_experts=experts,
+            rank=rank,
+            top_k=ROUTERS[config.router].gates_per_token(config),
+            in_features=self.in_features,
+            out_features=features,
+            shared_a=config.shared_a,
+        )
+        return ExpertPath(config.path, shape)
 
 
 def _alias(x: Tensor) -> Tensor:

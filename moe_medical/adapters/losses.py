@@ -68,69 +68,58 @@ class RoutingSums:
     def through(self, change: Callable[[Tensor], Tensor]) -> RoutingSums:
         """With all numbers changed as one flat tensor, so that ranks add them up in one go."""
         tensors = self._tensors()
-        parts = change(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+        flat = change(torch.cat([t.flatten() for t in tensors]))
+        parts = flat.split([t.numel() for t in tensors])
         return RoutingSums(self.num_experts, *(p.view_as(t) for p, t in zip(parts, tensors, strict=True)))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.chosen_LE, self.probs_LCE, self.z_L, self.entropy_L, self.tokens_C
 
     @property
     def num_tokens(self) -> Tensor:
         """Real tokens, a scalar."""
         return self.tokens_C.sum()
 
-    @property
-    def fraction_LE(self) -> Tensor:
-        """f, the share of tokens that chose each expert; sums to K."""
-        return self.chosen_LE / self._divisor
-
-    @property
-    def mean_probs_LE(self) -> Tensor:
-        """P, the mean probability of each expert."""
-        return self.probs_LCE.sum(1) / self._divisor
-
-    def balance(self) -> Tensor:
-        """E * sum_i f_i P_i; scalar."""
-        return (self._experts_L * (self.fraction_LE * self.mean_probs_LE).sum(-1)).mean()
-
-    def z(self) -> Tensor:
-        """Mean of logsumexp(logits)^2 over tokens; scalar."""
-        return (self.z_L / self._divisor).mean()
-
-    def entropy(self) -> Tensor:
-        """Mean entropy of a token, nats; scalar."""
-        return (self.entropy_L / self._divisor).mean()
-
-    def divergence(self) -> Tensor:
-        """H(P) minus the mean entropy, nats; scalar, 0 where all tokens are alike."""
-        return torch.special.entr(self.mean_probs_LE).sum(-1).mean() - self.entropy()
-
-    def localized(self, delta: float) -> Tensor:
-        """Squared coefficient of variation of the weighted probabilities; scalar. Needs two classes."""
-        return self._variation(delta)[0].mean()
-
     def values(self, weights: LossWeights) -> dict[str, Tensor]:
-        """The active losses by name, without coefficients; of the divergence itself, not minus it."""
-        return {
-            name: self.localized(weights.delta) if name == "localized" else getattr(self, name)()
-            for name in weights.active
+        """The active losses by name, scalars without coefficients; of the divergence itself, not minus it."""
+        tokens = self.num_tokens.clamp(min=1)  # a batch of nothing but padding has values of 0
+        fraction_LE = self.chosen_LE / tokens
+        mean_probs_LE = self.probs_LCE.sum(1) / tokens
+        entropy = (self.entropy_L / tokens).mean()
+        found = {
+            "balance": (self._experts_L * (fraction_LE * mean_probs_LE).sum(-1)).mean(),
+            "z": (self.z_L / tokens).mean(),
+            "entropy": entropy,
+            "divergence": torch.special.entr(mean_probs_LE).sum(-1).mean() - entropy,
         }
+        if weights.localized:
+            squared_L, _ = self._variation(weights.delta)
+            found["localized"] = squared_L.mean()
+        return {name: found[name] for name in weights.active}
 
     def by_probability(self, weights: LossWeights) -> Tensor:
         """(L, C, E): tokens times the derivative by p of a token of each class, but for the part log p."""
-        fraction_LE, log_mean_LE = self.fraction_LE, self.mean_probs_LE.clamp(min=_TINY).log()
-        alike_LE = (
-            weights.balance * self._experts_L.unsqueeze(-1) * fraction_LE + weights.divergence * log_mean_LE
-        )
+        tokens = self.num_tokens.clamp(min=1)
+        fraction_LE = self.chosen_LE / tokens
+        log_mean_LE = (self.probs_LCE.sum(1) / tokens).clamp(min=_TINY).log()
+        experts_L1 = self._experts_L.unsqueeze(-1)
+        alike_LE = weights.balance * experts_L1 * fraction_LE + weights.divergence * log_mean_LE
         if not weights.localized:
             return alike_LE.unsqueeze(1)
-        slope_LE = weights.localized * self.num_tokens * self._variation(weights.delta)[1]
+        _, slope_LE = self._variation(weights.delta)
+        slope_LE = weights.localized * self.num_tokens * slope_LE
+        # dI/dp is the sign: what a class adds to an expert's I with each unit of probability.
         return alike_LE.unsqueeze(1) + slope_LE.unsqueeze(1) * self._signs_LCE(weights.delta)
 
     def _variation(self, delta: float) -> tuple[Tensor, Tensor]:
-        """CV^2(I) of each layer, and its derivative by I, (L, E)."""
+        """(L,) CV^2(I), and (L, E) its derivative by I."""
         experts_L1 = self._experts_L.unsqueeze(-1)
         weighted_LE = (self._signs_LCE(delta) * self.probs_LCE).sum(1)
         mean_L1 = weighted_LE.sum(-1, keepdim=True) / experts_L1
         relative_LE = weighted_LE / mean_L1.clamp(min=_TINY)
-        apart_LE = (relative_LE - (mean_L1 > 0).to(mean_L1.dtype)) * self._present_LE
+        # Of layers with fewer experts the row ends in zeros, which are no experts far from the mean.
+        number_E = torch.arange(self.chosen_LE.shape[-1], device=self.chosen_LE.device)
+        apart_LE = (relative_LE - (mean_L1 > 0).to(mean_L1.dtype)) * (number_E < experts_L1)
         squared_L1 = apart_LE.square().sum(-1, keepdim=True) / experts_L1
         slope_LE = 2 * (apart_LE - squared_L1) / (experts_L1 * mean_L1.clamp(min=_TINY))
         return squared_L1.squeeze(-1), slope_LE
@@ -143,22 +132,10 @@ class RoutingSums:
         return 1 + delta * torch.cat([1 - 2 * second_L1E, 2 * second_L1E - 1], dim=1)
 
     @property
-    def _present_LE(self) -> Tensor:
-        number_E = torch.arange(self.chosen_LE.shape[-1], device=self.chosen_LE.device)
-        return number_E < self._experts_L.unsqueeze(-1)
-
-    @property
     def _experts_L(self) -> Tensor:
         if len(set(self.num_experts)) == 1:  # filled on the device: a copy from the host would wait for it
             return self.probs_LCE.new_full((len(self.num_experts),), self.num_experts[0])
         return self.probs_LCE.new_tensor(self.num_experts)
-
-    @property
-    def _divisor(self) -> Tensor:
-        return self.num_tokens.clamp(min=1)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.chosen_LE, self.probs_LCE, self.z_L, self.entropy_L, self.tokens_C
 
 
 def routing_sums(
@@ -173,9 +150,12 @@ def routing_sums(
         num_classes: C.
     """
     layers = list(routings)
-    num_experts = tuple(routing.logits_TE.shape[-1] for routing in layers)
     logits_LTE = _stacked([routing.logits_TE for routing in layers], float("-inf"))
     probs_LTE = _stacked([routing.probs_TE for routing in layers])
+    # 1 where a token gave an expert any weight: a dense gate names all experts, and may leave some at 0.
+    ids_LTK = _stacked([routing.expert_ids_TK for routing in layers])
+    counted_LTK = _stacked([(routing.weights_TK > 0).to(probs_LTE.dtype) for routing in layers])
+    chosen_LTE = torch.zeros_like(probs_LTE).scatter_add_(-1, ids_LTK, counted_LTK)
     # Multiplied, not indexed: an index by mask would wait for the device to count it.
     real_T = token_mask_T.to(probs_LTE.dtype)
     real_CT = real_T.unsqueeze(0)
@@ -183,8 +163,8 @@ def routing_sums(
         numbers_C1 = torch.arange(num_classes, device=classes_T.device).unsqueeze(-1)
         real_CT = real_CT * (classes_T == numbers_C1)
     return RoutingSums(
-        num_experts,
-        chosen_LE=real_T @ _chosen(layers, probs_LTE),
+        num_experts=tuple(routing.logits_TE.shape[-1] for routing in layers),
+        chosen_LE=real_T @ chosen_LTE,
         probs_LCE=real_CT @ probs_LTE,
         z_L=logits_LTE.logsumexp(-1).square() @ real_T,
         entropy_L=torch.special.entr(probs_LTE).sum(-1) @ real_T,
@@ -192,15 +172,8 @@ def routing_sums(
     )
 
 
-def _chosen(layers: list[Routing], like_LTE: Tensor) -> Tensor:
-    """(L, T, E): 1 where a token gave an expert any weight."""
-    ids_LTK = _stacked([routing.expert_ids_TK for routing in layers])
-    counted_LTK = _stacked([(routing.weights_TK > 0).to(like_LTE.dtype) for routing in layers])
-    return torch.zeros_like(like_LTE).scatter_add_(-1, ids_LTK, counted_LTK)
-
-
 def _stacked(tensors: list[Tensor], fill: float = 0) -> Tensor:
-    """One behind the other, filled up to the longest last dimension."""
+    """(L, T, E or K), filled up to the layer with most: layers may have their own numbers of experts."""
     width = max(tensor.shape[-1] for tensor in tensors)
     if all(tensor.shape[-1] == width for tensor in tensors):
         return torch.stack(tensors)
@@ -223,11 +196,19 @@ def router_gradients(
         each: Weight of a token: 1 / tokens of the global batch, times what the engine divides gradients by.
         classes_T: Class of each token of the bound micro-batch, where there are several.
     """
-    each /= len(statistics.num_experts)
+    each /= len(statistics.num_experts)  # the losses are means over layers
     of_probs_LCE = each * statistics.by_probability(weights)
-    rest = (classes_T, -each * (weights.entropy + weights.divergence), each * weights.z)
     layers = zip(layer_names, statistics.num_experts, of_probs_LCE, strict=True)
-    return {name: RouterGradient(of_CE[:, :experts], *rest) for name, experts, of_CE in layers}
+    return {
+        name: RouterGradient(
+            of_probs_CE=of_probs_CE[:, :experts],
+            classes_T=classes_T,
+            # The divergence is minus a mean entropy too, and the loss is minus the divergence.
+            entropy_weight=-each * (weights.entropy + weights.divergence),
+            z_weight=each * weights.z,
+        )
+        for name, experts, of_probs_CE in layers
+    }
 
 
 def router_loss_tap(context: RoutingContext, layer_name: str) -> Callable[[Tensor], Tensor] | None:
@@ -243,6 +224,8 @@ def router_loss_tap(context: RoutingContext, layer_name: str) -> Callable[[Tenso
 
 
 class _Tap(torch.autograd.Function):
+    """Identity that adds to the gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, logits_TE: Tensor, mask_T: Tensor, context: RoutingContext, layer_name: str
@@ -264,11 +247,14 @@ class _Tap(torch.autograd.Function):
 
 
 def _loss_gradient(logits_TE: Tensor, losses: RouterGradient) -> Tensor:
-    probs_TE, of_probs = logits_TE.softmax(-1), losses.of_probs_CE
-    weighted_TE = probs_TE * (of_probs if losses.classes_T is None else of_probs[losses.classes_T])
+    """(T, E): derivative of the router losses by a layer's logits."""
+    probs_TE = logits_TE.softmax(-1)
+    slope_TE = losses.of_probs_CE if losses.classes_T is None else losses.of_probs_CE[losses.classes_T]
+    weighted_TE = probs_TE * slope_TE
     if losses.entropy_weight:
         weighted_TE = weighted_TE + losses.entropy_weight * torch.special.xlogy(probs_TE, probs_TE)
-    slope_T1 = weighted_TE.sum(-1, keepdim=True)
-    if losses.z_weight:
-        slope_T1 = slope_T1 - 2 * losses.z_weight * logits_TE.logsumexp(-1, keepdim=True)
-    return weighted_TE - probs_TE * slope_T1
+    # Jacobian of the softmax: dL/dz_i = p_i dL/dp_i - p_i sum_j p_j dL/dp_j.
+    mean_T1 = weighted_TE.sum(-1, keepdim=True)
+    if losses.z_weight:  # d logsumexp(z)^2 / dz_i = 2 logsumexp(z) p_i
+        mean_T1 = mean_T1 - 2 * losses.z_weight * logits_TE.logsumexp(-1, keepdim=True)
+    return weighted_TE - probs_TE * mean_T1

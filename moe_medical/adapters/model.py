@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from moe_medical.adapters.blocks import FfnCopyLinear, FfnDispatch, FfnLoraLinear, RoutedFfn
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import (
-    AdaptedLinear,
     AdapterModule,
     LoraLinear,
     MoloraLinear,
@@ -28,20 +26,9 @@ from moe_medical.adapters.layer import (
 from moe_medical.adapters.placement import AdapterKind, depth_of, match_modules, routing_scopes
 from moe_medical.adapters.routers import Router, TokenRouter
 from moe_medical.adapters.routing import RouterGroup, RoutingContext
-from moe_medical.adapters.xlora import XLoraClassifier, attach_classifier
+from moe_medical.adapters.xlora import attach_classifier
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """What `attach_adapters` has put into a model."""
-
-    num_molora: int
-    num_lora: int
-    num_parameters: int
-    """Trainable numbers, those of the routers included."""
-    num_router_parameters: int
 
 
 def attach_adapters(
@@ -195,20 +182,16 @@ def _is_plain_block(block: nn.Module) -> bool:
 
 
 def _freeze(model: nn.Module, config: MoloraConfig) -> None:
+    """What was trained before and is to stay: routers, experts or both."""
     for module in adapter_modules(model):
-        parameters = module.adapter_parameters()
-        module.frozen = frozenset(name for name in parameters if _is_frozen(name, module, config))
-        for name in module.frozen:
-            parameters[name].requires_grad_(False)
-
-
-def _is_frozen(name: str, module: AdapterModule, config: MoloraConfig) -> bool:
-    if isinstance(module, XLoraClassifier):
-        return False
-    if name.startswith("router."):
-        return config.freeze_router
-    routed = isinstance(module, MoloraLinear | FfnLoraLinear | FfnCopyLinear)
-    return config.freeze_experts and routed and name in ("lora_A", "lora_B", "weight", "bias")
+        frozen: dict[str, nn.Parameter] = {}
+        if config.freeze_router and isinstance(module, Routed):
+            frozen |= module.router_parameters()
+        if config.freeze_experts:
+            frozen |= module.expert_parameters()
+        module.frozen = frozenset(frozen)
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
@@ -269,25 +252,6 @@ def check_trainable(model: nn.Module) -> None:
         raise RuntimeError(f"requires_grad is wrong on {len(wrong)} parameters: {names}")
 
 
-def summarize_adapters(model: nn.Module) -> AdapterSummary:
-    """Count the adapted layers and their parameters; not for ZeRO-3's partitioned parameters."""
-    modules = list(adapter_modules(model))
-    linears = [module for module in modules if isinstance(module, AdaptedLinear)]
-    num_lora = sum(isinstance(module, LoraLinear) for module in linears)
-    parameters = adapter_parameters(model)
-    return AdapterSummary(
-        num_molora=len(linears) - num_lora,
-        num_lora=num_lora,
-        num_parameters=sum(p.numel() for p in parameters.values()),
-        num_router_parameters=sum(
-            parameters[f"{module.name}.{name}"].numel()
-            for module in modules
-            for name in module.adapter_parameters()
-            if name.startswith("router.")
-        ),
-    )
-
-
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "adapter state") -> None:
     """Copy a saved state into the adapters of a model; all or nothing.
@@ -323,6 +287,8 @@ def lay_out_for_answers(model: nn.Module) -> None:
     for module in adapter_modules(model):
         for name, parameter in module.adapter_parameters().items():
             if name in ("lora_B", "shared_B") and parameter.dim() == 3:
+                # Shape (E, F, rank) in the memory of (E, rank, F): F's stride is 1, and E and rank can be
+                # joined into one dimension without a copy.
                 parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -8,7 +8,7 @@ gates and hardly ever part, so each gets noise of its own. One LoRA for each exp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from moe_medical.adapters.blocks import FfnLoraLinear
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.folder import load_adapter
-from moe_medical.adapters.layer import LoraLinear, MoloraLinear, rows_of
+from moe_medical.adapters.layer import LoraLinear, MoloraLinear, Routed, rows_of
 from moe_medical.adapters.model import adapter_modules
 from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import AdaptersSection
@@ -49,51 +49,41 @@ def start_from(
         _start_routers(model, config, Path(section.router_from))
     if section.experts_from:
         noise = _NOISE if section.start_noise is None else section.start_noise
-        sources = [_Source.of(Path(folder)) for folder in section.experts_from]
-        _start_experts(model, sources, noise, seed, shard or ExpertShard())
+        loras = [_TrainedLora.read(Path(folder)) for folder in section.experts_from]
+        _start_experts(model, loras, noise, seed, shard or ExpertShard())
 
 
 def _start_routers(model: nn.Module, config: MoloraConfig, folder: Path) -> None:
-    fitted, routers = load_router(folder), _routers(model)
+    """Copy a fitted router; strict both ways, as a router that keeps its chance values would go unnoticed."""
+    fitted = load_router(folder)
+    settings = {"router": (fitted.level, config.router), "router_scope": (fitted.scope, config.router_scope)}
     problems = [
         Problem(f"adapters.{key}", f"must be what the router was fitted for, `{wanted}`", given)
-        for key, wanted, given in (
-            ("router", fitted.level, config.router),
-            ("router_scope", fitted.scope, config.router_scope),
-        )
+        for key, (wanted, given) in settings.items()
         if wanted != given
     ]
-    problems += _differences(routers, fitted.tensors)
+    routers = {
+        f"{module.name}.{name}": parameter
+        for module in adapter_modules(model)
+        if isinstance(module, Routed)
+        for name, parameter in module.router_parameters().items()
+    }
+    for name in sorted(routers.keys() - fitted.tensors.keys()):
+        problems.append(Problem(name, "is missing in the fitted router"))
+    for name in sorted(fitted.tensors.keys() - routers.keys()):
+        problems.append(Problem(name, "is not in the model"))
+    for name in sorted(routers.keys() & fitted.tensors.keys()):
+        wanted_shape, given_shape = tuple(routers[name].shape), tuple(fitted.tensors[name].shape)
+        if wanted_shape != given_shape:
+            problems.append(Problem(name, f"must have shape {wanted_shape}", given_shape))
     if problems:
         raise ConfigError(str(folder), problems)
     for name, parameter in routers.items():
         parameter.copy_(fitted.tensors[name])
 
 
-def _routers(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{module.name}.{name}": parameter
-        for module in adapter_modules(model)
-        for name, parameter in module.adapter_parameters().items()
-        if name.startswith("router.")
-    }
-
-
-def _differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[Problem]:
-    missing = [
-        Problem(name, "is missing in the fitted router") for name in sorted(wanted.keys() - given.keys())
-    ]
-    extra = [Problem(name, "is not in the model") for name in sorted(given.keys() - wanted.keys())]
-    uneven = [
-        Problem(name, f"must have shape {tuple(wanted[name].shape)}", tuple(given[name].shape))
-        for name in sorted(wanted.keys() & given.keys())
-        if wanted[name].shape != given[name].shape
-    ]
-    return missing + extra + uneven
-
-
 @dataclass(frozen=True)
-class _Source:
+class _TrainedLora:
     """A trained LoRA: layer -> (A, B), with the scaling that they were trained with."""
 
     folder: Path
@@ -101,74 +91,75 @@ class _Source:
     state: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, folder: Path) -> _Source:
+    def read(cls, folder: Path) -> _TrainedLora:
         config, _, state = load_adapter(folder)
         if config.molora or config.dora:
             rule = "must be an adapter of plain LoRA layers only: preset lora"
             raise ConfigError("adapters.experts_from", [Problem(str(folder), rule, config.preset)])
         return cls(folder, config.scaling, state)
 
-    def problems(self, name: str, rank: int) -> Iterator[Problem]:
-        """Why it cannot start a layer's experts."""
+    def why_not(self, name: str, rank: int) -> Problem | None:
+        """What keeps it from starting the experts of a layer."""
         if f"{name}.lora_A" not in self.state:
-            yield Problem(f"{self.folder}: {name}", "is missing", fix="Train a LoRA on the same layers.")
-        elif (found := len(self.state[f"{name}.lora_A"])) != rank:
-            yield Problem(f"{self.folder}: {name}", f"must have an expert's rank ({rank})", found)
+            return Problem(f"{self.folder}: {name}", "is missing", fix="Train a LoRA on the same layers.")
+        found = len(self.state[f"{name}.lora_A"])
+        if found != rank:
+            return Problem(f"{self.folder}: {name}", f"must have an expert's rank ({rank})", found)
+        return None
 
     def factors(self, name: str, scaling: float) -> tuple[Tensor, Tensor]:
-        """A and B for a layer that scales its delta like this."""
+        """A and B for a layer that scales its delta by `scaling`: B takes what the scalings differ by."""
         return self.state[f"{name}.lora_A"], self.state[f"{name}.lora_B"] * (self.scaling / scaling)
 
 
 def _start_experts(
-    model: nn.Module, sources: Sequence[_Source], noise: float, seed: int, shard: ExpertShard
+    model: nn.Module, loras: Sequence[_TrainedLora], noise: float, seed: int, shard: ExpertShard
 ) -> None:
-    layers = [m for m in adapter_modules(model) if isinstance(m, MoloraLinear | FfnLoraLinear | LoraLinear)]
-    routed = [layer for layer in layers if not isinstance(layer, LoraLinear)]
-    plain = [layer for layer in layers if isinstance(layer, LoraLinear)] if len(sources) == 1 else []
-    problems = [
-        p
-        for layer in (*routed, *plain)
-        for s in sources
-        for p in s.problems(layer.name, layer.lora_B.shape[-1])
-    ]
-    if problems:
+    """Copy trained LoRAs; plain LoRA layers start too where there is one LoRA to start from."""
+    modules = list(adapter_modules(model))
+    routed = [m for m in modules if isinstance(m, MoloraLinear | FfnLoraLinear)]
+    plain = [m for m in modules if isinstance(m, LoraLinear) and len(loras) == 1]
+    found = [lora.why_not(m.name, m.lora_B.shape[-1]) for m in (*routed, *plain) for lora in loras]
+    if problems := [problem for problem in found if problem is not None]:
         raise ConfigError("adapters.experts_from", problems)
-    for lora in plain:
-        _copy(lora, *sources[0].factors(lora.name, lora.scaling))
+    for lora_layer in plain:
+        A, B = loras[0].factors(lora_layer.name, lora_layer.scaling)
+        lora_layer.lora_A.copy_(A)
+        lora_layer.lora_B.copy_(B)
+        if lora_layer.magnitude is not None:  # so that the layer is the LoRA still, and no decomposed one
+            whole_FD = rows_of(lora_layer.base) + lora_layer.scaling * lora_layer.lora_B @ lora_layer.lora_A
+            lora_layer.magnitude.copy_(whole_FD.norm(dim=1))
     for layer in routed:
-        _copy_experts(layer, sources, noise, seed, shard)
+        _copy_experts(layer, loras, noise, seed, shard)
 
 
 def _copy_experts(
     layer: MoloraLinear | FfnLoraLinear,
-    sources: Sequence[_Source],
+    loras: Sequence[_TrainedLora],
     noise: float,
     seed: int,
     shard: ExpertShard,
 ) -> None:
-    own = range(shard.index * len(layer.lora_B), (shard.index + 1) * len(layer.lora_B))
-    pairs = [sources[i % len(sources)].factors(layer.name, layer.scaling) for i in own]
-    shared = layer.lora_A.dim() == 2
-    if len(sources) == 1:
-        which = 1 if shared else 0  # a shared A cannot tell the experts apart
-        pairs = [
-            _with_noise(pair, which, noise, f"{seed}:{layer.name}:{i}")
-            for i, pair in zip(own, pairs, strict=True)
-        ]
-    A = pairs[0][0] if shared else torch.stack([A for A, _ in pairs])
-    _copy(layer, A, torch.stack([B for _, B in pairs]))
+    """Experts of this rank from the LoRAs in turn; copies of a single one each get noise of their own."""
+    all_A, all_B = [], []
+    shared_A = layer.lora_A.dim() == 2
+    first = shard.index * len(layer.lora_B)
+    for i in range(first, first + len(layer.lora_B)):
+        A, B = loras[i % len(loras)].factors(layer.name, layer.scaling)
+        key = f"{seed}:{layer.name}:{i}"  # by the expert's number among all: the same on whatever rank
+        if len(loras) == 1 and shared_A:  # which cannot tell the experts apart, so B has to
+            B = _with_noise(B, noise, key)
+        elif len(loras) == 1:
+            A = _with_noise(A, noise, key)
+        all_A.append(A)
+        all_B.append(B)
+    layer.lora_A.copy_(all_A[0] if shared_A else torch.stack(all_A))
+    layer.lora_B.copy_(torch.stack(all_B))
 
 
-def _with_noise(pair: tuple[Tensor, Tensor], which: int, noise: float, key: str) -> tuple[Tensor, Tensor]:
+def _with_noise(values: Tensor, noise: float, key: str) -> Tensor:
+    """Values plus normal noise whose deviation is that share of theirs."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    generator, values = torch.Generator().manual_seed(number), pair[which].float()
-    noisy = values + noise * values.std() * torch.randn(values.shape, generator=generator)
-    return (noisy, pair[1]) if which == 0 else (pair[0], noisy)
-
-
-def _copy(layer: MoloraLinear | FfnLoraLinear | LoraLinear, A: Tensor, B: Tensor) -> None:
-    layer.lora_A.copy_(A)
-    layer.lora_B.copy_(B)
-    if isinstance(layer, LoraLinear) and layer.magnitude is not None:
-        layer.magnitude.copy_((rows_of(layer.base) + layer.scaling * layer.lora_B @ layer.lora_A).norm(dim=1))
+    generator = torch.Generator().manual_seed(number)
+    values = values.float()
+    return values + noise * values.std() * torch.randn(values.shape, generator=generator)

@@ -7,14 +7,14 @@ nobody has to call the model in another way; it needs the whole text, hence no K
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_medical.adapters.layer import AdapterModule
-from moe_medical.adapters.routers import Choice, linear_float32
+from moe_medical.adapters.routers import Choice, InitialValues, linear_float32
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config.presets import MoloraConfig
 
@@ -36,32 +36,45 @@ class XLoraClassifier(AdapterModule):
         self, hidden: int, layers: Sequence[str], config: MoloraConfig, seed: int, context: RoutingContext
     ):
         super().__init__(CLASSIFIER, seed, context)
-        self._layers, self._choice = tuple(layers), Choice.of(config)
-        self._experts, self._temperature = config.num_experts, config.temperature
+        self._layers = tuple(layers)
+        self._choice = Choice.of(config)
+        self._num_experts = config.num_experts
+        self._temperature = config.temperature
         self._depth = 1 if config.router_scope == "model" else len(self._layers)
-        bound, rows = hidden**-0.5, self._depth * config.num_experts
-        generator = self.new_generator()
-        self.weight = nn.Parameter(torch.empty(rows, hidden).uniform_(-bound, bound, generator=generator))
-        self.bias = nn.Parameter(torch.empty(rows).uniform_(-bound, bound, generator=generator))
+        rows = self._depth * config.num_experts
+        init = InitialValues(self.new_generator())
+        self.weight = init.linear(hidden, rows, hidden)
+        self.bias = init.linear(hidden, rows)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"weight": self.weight, "bias": self.bias}
 
     def forward(self, hidden_TD: Tensor) -> dict[str, Tensor]:
         """Layer -> (T, E) gates."""
-        logits_TLE = linear_float32(hidden_TD, self.weight, self.bias).unflatten(-1, (-1, self._experts))
-        routing = self._choice.routing((logits_TLE / self._temperature).flatten(0, 1), self.training)
-        gates = torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)
-        gates_TLE = gates.unflatten(0, (-1, self._depth))
+        logits_TX = linear_float32(hidden_TD, self.weight, self.bias)
+        # (T, depth * E) -> (T * depth, E): the choice is made for each token and layer by itself.
+        logits_NE = logits_TX.unflatten(-1, (-1, self._num_experts)).flatten(0, 1)
+        routing = self._choice.routing(logits_NE / self._temperature, self.training)
+        gates_NE = torch.zeros_like(routing.logits_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)
+        gates_TLE = gates_NE.unflatten(0, (-1, self._depth))
         return {name: gates_TLE[:, i % self._depth] for i, name in enumerate(self._layers)}
 
     def look_ahead(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The first pass; a hook before the model's forward."""
+        """The first pass; a hook before the model's forward.
+
+        Raises:
+            RuntimeError: A KV cache holds the text's beginning, which the classifier has to see.
+        """
         if self.context.adapters_off:
             return
-        _refuse_cache(kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise RuntimeError("X-LoRA decides from the whole text: generate with use_cache=False")
+        # Not the labels and what else only the head of a causal LM takes: this is the model below it.
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         with self.context.without_adapters(), torch.no_grad():
-            seen = model.base_model(*args, **_inputs(kwargs), use_cache=False)  # type: ignore[operator]
+            seen = model.base_model(*args, **given, use_cache=False)  # type: ignore[operator]
         hidden_BSD = seen.last_hidden_state
         self.context.current.scalings = self(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
 
@@ -79,14 +92,3 @@ def attach_classifier(
 def needs_whole_text(model: nn.Module) -> bool:
     """Whether every forward pass must see the text from its start, so that no KV cache helps."""
     return any(isinstance(module, XLoraClassifier) for module in model.modules())
-
-
-def _inputs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
-def _refuse_cache(kwargs: Mapping[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise RuntimeError("X-LoRA decides from the whole text: generate with use_cache=False")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapter_summary import summarize_adapters
 from support.families import DECODER, GPT2
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +22,6 @@ from moe_medical.adapters.model import (
     attach_adapters,
     check_trainable,
     load_adapter_state,
-    summarize_adapters,
 )
 from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config.presets import PRESETS, MoloraConfig

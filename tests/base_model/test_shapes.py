@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
+from support.adapter_summary import summarize_adapters
 from support.tiny import write_tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_medical.adapters.layer import linear_sizes
-from moe_medical.adapters.model import adaptable_modules, attach_adapters, summarize_adapters
+from moe_medical.adapters.model import adaptable_modules, attach_adapters
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.base_model.shapes import linear_shapes, num_parameters
