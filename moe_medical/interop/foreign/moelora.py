@@ -35,7 +35,8 @@ from moe_medical.interop.foreign.source import (
     TensorReader,
 )
 
-SHARED, EACH = "MMOELORAS", "MMOELORA"
+SHARED = "MMOELORAS"
+EACH = "MMOELORA"
 _OWN_KEYS = ("expert_num", "task_num", "task_embedding_dim")
 _MODULE = re.compile(r"(?P<module>.+)\.(lora_A\.loraA|lora_B\.loraB|lora_gate|lora_task_embedding)\..+")
 _DEAD = re.compile(r".+\.(lora_gate\.GateL\.weight|lora_task_embedding\.weight)")
