@@ -14,16 +14,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_medical.errors import ConfigError, DataError, Problem
+from moe_medical.adapters.folder import read_json, read_tensors, refuse_foreign
+from moe_medical.errors import ConfigError, Problem
 from moe_medical.files import new_folder
 
 ROUTER_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
-FORMAT, FORMAT_VERSION = "moe_medical.router", 1
+FORMAT = "moe_medical.router"
+FORMAT_VERSION = 1
 _LEVELS = ("token", "sequence")
 _SCOPES = ("module", "block", "layer", "model")
 
@@ -60,7 +61,7 @@ def save_router(folder: Path, router: FittedRouter) -> None:
         ConfigError: `folder` holds something else.
         StorageError: the disk refused.
     """
-    refuse_foreign(folder)
+    refuse_other_folder(folder)
     about = {key: value for key, value in asdict(router).items() if key != "tensors"}
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **about}
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in router.tensors.items()}
@@ -84,41 +85,25 @@ def load_router(folder: Path | str) -> FittedRouter:
         raise ConfigError(
             "fitted router", [Problem(str(folder / name), "is missing", fix=fix) for name in missing]
         )
-    about = _read_json(folder / ROUTER_FILE)
+    about = read_json(folder / ROUTER_FILE)
+    about = about if isinstance(about, dict) else {}
     problems = _header_problems(about) or _problems(about)
     if problems:
         raise ConfigError(str(folder / ROUTER_FILE), problems)
-    try:
-        tensors = load_file(folder / TENSORS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / TENSORS_FILE}: is not a readable safetensors file ({error}).") from error
+    tensors = read_tensors(folder / TENSORS_FILE)
     if problems := _tensor_problems(about, tensors):
         raise ConfigError(str(folder / TENSORS_FILE), problems)
     values = {field.name: about[field.name] for field in fields(FittedRouter) if field.name != "tensors"}
     return FittedRouter(**{**values, "labels": tuple(about["labels"])}, tensors=tensors)
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_other_folder(folder: Path) -> None:
     """Only an empty folder, or one that holds a router and nothing else, may be replaced.
 
     Raises:
         ConfigError: it is something else.
     """
-    if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {ROUTER_FILE, TENSORS_FILE})
-    else:
-        foreign = [folder.name] if folder.exists() or folder.is_symlink() else []
-    if foreign:
-        rule = "holds files that are not a fitted router's"
-        raise ConfigError("save router", [Problem(str(folder), rule, foreign[:4], "Choose another folder.")])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not readable JSON ({error}).") from error
-    return about if isinstance(about, dict) else {}
+    refuse_foreign(folder, (ROUTER_FILE, TENSORS_FILE), "save router", "a fitted router's")
 
 
 def _header_problems(about: Mapping[str, Any]) -> list[Problem]:

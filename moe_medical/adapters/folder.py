@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from moe_medical.files import new_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT, FORMAT_VERSION = "moe_medical.adapter", 3
+FORMAT = "moe_medical.adapter"
+FORMAT_VERSION = 3
 REQUIRED_META = ("base_model", "base_revision", "tasks", "label_sets")
 _DEFAULTS = MoloraConfig()
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -51,7 +52,7 @@ def save_adapter(
     folder = Path(folder)
     if problems := _meta_problems(meta):
         raise ConfigError(str(folder), problems)
-    _refuse_foreign(folder)
+    refuse_foreign(folder, (CONFIG_FILE, WEIGHTS_FILE), "save adapter", "an adapter's")
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": asdict(config), "meta": meta}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     with new_folder(folder, replace=True) as draft:
@@ -74,23 +75,53 @@ def load_adapter(folder: Path) -> tuple[MoloraConfig, dict[str, Any], dict[str, 
     """
     folder = Path(folder)
     _refuse_missing(folder)
-    document = _read_json(folder / CONFIG_FILE)
-    config, meta = _parse(folder / CONFIG_FILE, document)
-    try:
-        return config, meta, load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / WEIGHTS_FILE}: is not a readable safetensors file ({error}).") from error
+    config, meta = _parse(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    return config, meta, read_tensors(folder / WEIGHTS_FILE)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Only an empty folder or one that holds an adapter and nothing else may be replaced."""
+def refuse_foreign(folder: Path, files: Iterable[str], what: str, whose: str) -> None:
+    """Only an empty folder, or one that holds these files and nothing else, may be replaced.
+
+    Args:
+        folder: That somebody wants to write.
+        files: What it may hold.
+        what: The attempt, for the error.
+        whose: These files are, for the error.
+
+    Raises:
+        ConfigError: It is something else.
+    """
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE})
+        foreign = sorted({path.name for path in folder.iterdir()} - set(files))
     else:
         foreign = [folder.name] if folder.exists() or folder.is_symlink() else []
     if foreign:
-        rule = "holds files that are not an adapter's"
-        raise ConfigError("save adapter", [Problem(str(folder), rule, foreign[:4], "Choose another folder.")])
+        rule = f"holds files that are not {whose}"
+        raise ConfigError(what, [Problem(str(folder), rule, foreign[:4], "Choose another folder.")])
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document.
+
+    Raises:
+        DataError: The file is unreadable.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is not readable JSON ({error}).") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        DataError: The file is unreadable.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: is not a readable safetensors file ({error}).") from error
 
 
 def _refuse_missing(folder: Path) -> None:
@@ -105,13 +136,6 @@ def _refuse_missing(folder: Path) -> None:
         raise SecurityRefusal(f"{folder}: {why}. Convert them to {WEIGHTS_FILE} on a machine you trust.")
     if missing:
         raise ConfigError(str(folder), [Problem(str(folder / name), "is missing") for name in missing])
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not readable JSON ({error}).") from error
 
 
 def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:

@@ -28,7 +28,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from moe_medical.adapters.fitted_router import FittedRouter, refuse_foreign, save_router
+from moe_medical.adapters.fitted_router import FittedRouter, refuse_other_folder, save_router
 from moe_medical.adapters.model import adaptable_modules
 from moe_medical.adapters.placement import match_modules, routing_scopes
 from moe_medical.base_model import BaseModel, locate_base
@@ -63,7 +63,7 @@ def fit_router(run: Path, overrides: Sequence[str], out: Path, labels: str = "ta
         ConfigError: The run has no linear router, or another number of experts than of labels; `out` holds
             something else; a label has too few rows.
     """
-    refuse_foreign(out)
+    refuse_other_folder(out)
     config = load_config(run, [*overrides, "adapters.router_from=null", "adapters.freeze_router=false"])
     adapters = resolve_adapters(config.adapters)
     base = locate_base(config.model)
