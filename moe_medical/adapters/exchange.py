@@ -1,7 +1,14 @@
 """What a routed layer needs when its experts are spread over ranks, without knowing how ranks talk.
 
-Two strategies with the same numbers: `WeightExchange` brings the experts to the tokens, `TokenExchange`
-the tokens to their experts. `distributed/exchange.py` implements both.
+Two strategies with the same numbers, both implemented in `distributed/exchange.py`:
+
+    WeightExchange   experts to the tokens    forward   gather A, B -> all experts -> this rank's tokens
+                                              backward  gather again, or keep; reduce gradients to the owners
+    TokenExchange    tokens to the experts    forward   dispatch -> this rank's experts on all ranks' tokens
+                                                        -> combine
+                                              backward  the same way back, by autograd
+
+Every call is collective: all ranks of the expert group make it, in the same order, also with no token.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _apply(
     y = y if call.overwrite else y.clone(memory_format=torch.contiguous_format)
     with torch.autocast(y.device.type, enabled=False):
         lora = GatedLora(factors.lora_A, factors.lora_B, gate, call.scaling, y.dtype)
-        PATHS[call.path].add(_rows(y), _rows(x.to(y.dtype)), lora, ids_TK, False)
+        PATHS[call.path].path.add(_rows(y), _rows(x.to(y.dtype)), lora, ids_TK, False)
     return y
 
 
@@ -148,20 +148,23 @@ class _ApplyExperts(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         mask, ctx.dropout, share = draw_mask(x, call.dropout)
-        ctx.call = call
+        ctx.call = (
+            call  # settings only: tensors go through save_for_backward, or checkpointing could not free them
+        )
         ctx.scale = call.scaling / share
         ctx.dtype = y.dtype
         if call.overwrite:
-            ctx.mark_dirty(y)
+            ctx.mark_dirty(y)  # so that autograd notices whoever has saved y for a backward of its own
         else:
             y = y.clone(memory_format=torch.contiguous_format)
+        # The paths compute in the dtype of y, which may not be the one that autocast would choose.
         with torch.autocast(y.device.type, enabled=False):
             all_A, all_B = call.exchange.gather(lora_A, lora_B) if call.exchange else (lora_A, lora_B)
             lora = GatedLora(all_A, all_B, gate, ctx.scale, y.dtype)
-            kept = PATHS[call.path].add(_rows(y), _rows(masked(x, mask, y.dtype)), lora, ids_TK, True)
+            kept = PATHS[call.path].path.add(_rows(y), _rows(masked(x, mask, y.dtype)), lora, ids_TK, True)
         gathered = (all_A, all_B) if call.exchange and call.exchange.keep else ()
         ctx.num_gathered = len(gathered)
-        kept_mask = None if ctx.dropout else mask
+        kept_mask = None if ctx.dropout else mask  # backward draws it again where it can
         ctx.save_for_backward(x, lora_A, lora_B, gate, kept_mask, *gathered, *kept)
         return y
 
@@ -177,7 +180,7 @@ class _ApplyExperts(torch.autograd.Function):
         travelling = None
         with torch.autocast(grad_y.device.type, enabled=False):
             all_A, all_B = gathered or (exchange.gather(lora_A, lora_B) if exchange else (lora_A, lora_B))
-            gradients = PATHS[ctx.call.path].gradients(
+            gradients = PATHS[ctx.call.path].path.gradients(
                 _rows(grad_y),
                 _rows(masked(x, mask, ctx.dtype)) if wanted.factors else None,
                 GatedLora(all_A, all_B, gate, ctx.scale, ctx.dtype),
@@ -221,23 +224,8 @@ class ExpertShape:
     @property
     def flops_over_base(self) -> float:
         """FLOPs of the concat path over those of the base layer, E * rank * (D + F) / (D * F)."""
-        return (
-            self.num_experts
-            * self.rank
-            * (self.in_features + self.out_features)
-            / (self.in_features * self.out_features)
-        )
-
-
-class _Row(NamedTuple):
-    """What is known of a path."""
-
-    name: str
-    path: Path
-    why_not: Callable[[ExpertShape, str, torch.dtype], Problem | None]
-    """What keeps it from a device type and a compute dtype."""
-    preferred: Callable[[ExpertShape, str], bool]
-    """Whether `auto` takes it, on a device type, where it fits and no row above is taken."""
+        hidden = self.num_experts * self.rank
+        return hidden * (self.in_features + self.out_features) / (self.in_features * self.out_features)
 
 
 MEASURED: tuple[tuple[int, int, int, int, dict[tuple[int, int], float]], ...] = (
@@ -256,26 +244,16 @@ MEASURED: tuple[tuple[int, int, int, int, dict[tuple[int, int], float]], ...] = 
 FLOPs. On a GPU nothing was measured."""
 
 
-def _grouped_is_faster(shape: ExpertShape, device_type: str) -> bool:
-    """Read from `MEASURED`: nowhere there is `grouped` slower where this takes it."""
-    return shape.flops_over_base > shape.top_k / 6 and shape.top_k < shape.num_experts
-
-
-def _why_not_triton(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
-    if shape.shared_a:
-        return _only_concat("triton")
+def _triton_misfit(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
     if kernels.available(device_type, shape.rank):
         return None
     rule = f"must not be `triton` without a GPU, Triton and a rank 2^n of at most {kernels.MAX_RANK}"
     return Problem("adapters.path", rule, f"{device_type}, rank {shape.rank}", _TAKE_AUTO)
 
 
-def _why_not_grouped(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
-    if shape.shared_a:
-        return _only_concat("grouped")
-    if (
-        device_type != "cpu" and dtype != torch.bfloat16
-    ):  # torch's kernels for others ask the host for offsets
+def _grouped_misfit(shape: ExpertShape, device_type: str, dtype: torch.dtype) -> Problem | None:
+    # Of torch's grouped GEMMs on a GPU only that of bfloat16 reads the offsets on the device.
+    if device_type != "cpu" and dtype != torch.bfloat16:
         rule = "must not be `grouped` on a GPU below bfloat16"
         return Problem("adapters.path", rule, str(dtype), _TAKE_AUTO)
     sizes = (shape.rank, shape.in_features, shape.out_features)
@@ -286,21 +264,33 @@ def _why_not_grouped(shape: ExpertShape, device_type: str, dtype: torch.dtype) -
     return Problem("adapters.path", rule, sizes, _TAKE_AUTO)
 
 
-def _only_concat(path: str) -> Problem:
-    return Problem("adapters.path", "must be `concat` or `auto` where experts share A", path, _TAKE_AUTO)
-
-
 _TAKE_AUTO = "Use `auto`, which takes what fits."
 
-_ROWS = (
-    _Row("triton", kernels, _why_not_triton, lambda shape, device: device != "cpu"),
-    _Row("grouped", grouped, _why_not_grouped, _grouped_is_faster),
-    _Row("concat", concat, lambda shape, device, dtype: None, lambda shape, device: True),
-)
-"""In the order in which `auto` asks."""
 
-PATHS: dict[str, Path] = {row.name: row.path for row in _ROWS}
-"""Those that a run file can name, and `auto`."""
+class _PathRow(NamedTuple):
+    """What is known of a path."""
+
+    path: Path
+    knows_shared_a: bool
+    """Whether all experts may have one A."""
+    misfit: Callable[[ExpertShape, str, torch.dtype], Problem | None]
+    """What keeps it from a shape, a device type and a compute dtype."""
+    faster: Callable[[ExpertShape, str], bool]
+    """Whether it beats the rows below on a device type."""
+
+
+PATHS = {
+    "triton": _PathRow(kernels, False, _triton_misfit, lambda shape, device: device != "cpu"),
+    # Where `MEASURED` has no time below 1, that is; with K = E every expert computes every token anyhow.
+    "grouped": _PathRow(
+        grouped,
+        False,
+        _grouped_misfit,
+        lambda shape, device: shape.flops_over_base > shape.top_k / 6 and shape.top_k < shape.num_experts,
+    ),
+    "concat": _PathRow(concat, True, lambda shape, device, dtype: None, lambda shape, device: True),
+}
+"""`adapters.path` -> a path; `auto` takes the first that fits and is faster than those below."""
 
 
 def choose_path(wanted: str, shape: ExpertShape, device_type: str, dtype: torch.dtype) -> str:
@@ -315,14 +305,17 @@ def choose_path(wanted: str, shape: ExpertShape, device_type: str, dtype: torch.
     Raises:
         ConfigError: The path that was asked for does not fit.
     """
-    for row in _ROWS:
-        problem = row.why_not(shape, device_type, dtype)
-        if row.name == wanted and problem is not None:
+    for name in PATHS if wanted == "auto" else (wanted,):
+        row = PATHS[name]
+        problem = row.misfit(shape, device_type, dtype)
+        if shape.shared_a and not row.knows_shared_a:
+            rule = "must be `concat` or `auto` where experts share A"
+            problem = Problem("adapters.path", rule, name, _TAKE_AUTO)
+        if wanted != "auto" and problem is not None:
             raise ConfigError("adapters", [problem])
-        taken = wanted == "auto" and problem is None and row.preferred(shape, device_type)
-        if row.name == wanted or taken:
-            return row.name
-    raise AssertionError(f"{wanted} is no path")
+        if wanted != "auto" or (problem is None and row.faster(shape, device_type)):
+            return name
+    raise AssertionError("concat fits everywhere")
 
 
 class ExpertPath:

@@ -130,6 +130,7 @@ def _refuse_missing(folder: Path) -> None:
         problem = Problem(str(folder), "is not a folder", fix="Name an adapter folder.")
         raise ConfigError("load adapter", [problem])
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    # Before the files that are missing are named: whoever has only a pickle should not go looking for more.
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if WEIGHTS_FILE in missing and pickles:
         why = f"weights exist only as pickle ({pickles[0]}), which can run code"
@@ -144,7 +145,7 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
     if header.get("format") != FORMAT:
         problem = Problem("format", f"must be {FORMAT!r}", header.get("format"), "Name a folder saved by us.")
         raise ConfigError(str(path), [problem])
-    if header.get("format_version") not in range(1, FORMAT_VERSION + 1):
+    if header.get("format_version") not in range(1, FORMAT_VERSION + 1):  # older ones are read, see below
         found = header.get("format_version")
         problem = Problem(
             "format_version", f"must be {FORMAT_VERSION}", found, "Install a newer moe_medical."

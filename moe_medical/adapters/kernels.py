@@ -83,6 +83,7 @@ def gradients(
 def hidden_units(x_TD: Tensor, lora_A: Tensor) -> Tensor:
     """x A^T: (T, H) in the dtype of x."""
     A_HD = lora_A.view(-1, lora_A.shape[-1])
+    # A is read as its transpose by swapping its strides: nothing is copied.
     return _product(x_TD, A_HD, (x_TD.shape[0], A_HD.shape[0]), right_strides=(1, A_HD.stride(0)))
 
 
@@ -115,6 +116,7 @@ def hidden_gradient(
     grad_hidden_TH = torch.empty_like(hidden_TH)
     grad_gate_TE = torch.empty(tokens, experts, dtype=torch.float32, device=grad_TF.device)
     constants = _constants(rank)
+    # BLOCK_H is a multiple of the rank: a program holds whole experts, and no two add to one gate's gradient.
     grid = (_blocks(tokens, _TOKENS_BLOCK), _blocks(experts * rank, constants["BLOCK_H"]))
     tensors = (grad_TF, hidden_TH, gate_TE.contiguous(), lora_B, grad_hidden_TH, grad_gate_TE)
     sizes = (tokens, features, experts * rank, experts, scale)

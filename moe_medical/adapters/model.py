@@ -58,7 +58,7 @@ def attach_adapters(
     placement = match_modules(linears, config)
     model.requires_grad_(False)
     _Attaching(model, config, seed, shard, linears).attach(placement)
-    _freeze(model, config)
+    _freeze(model, config)  # after all are there: a shared router is frozen or trained by its owner
     check_trainable(model)
     return next(iter(adapter_modules(model))).context
 
@@ -74,7 +74,10 @@ class _Attaching:
         shard: ExpertShard | None,
         linears: Sequence[str],
     ):
-        self._model, self._config, self._seed, self._shard = model, config, seed, shard
+        self._model = model
+        self._config = config
+        self._seed = seed
+        self._shard = shard
         self._all_linears = linears
         self._context = RoutingContext()
         self._num_layers = 1 + max(map(depth_of, linears))
@@ -136,6 +139,7 @@ class _Attaching:
     def _replace(self, name: str, adapted: AdapterModule) -> None:
         parent, _, child = name.rpartition(".")
         before = self._model.get_submodule(name)
+        # New modules are in training mode, the model may not be.
         setattr(self._model.get_submodule(parent), child, adapted.train(before.training))
 
 
@@ -161,10 +165,12 @@ def router_groups(names: Iterable[str], scope: str) -> dict[str, RouterGroup]:
 
 def _refuse_other_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
     """Whole blocks are experts only where they map one tensor to one; attention, for one, does not."""
-    wrong = [b for b in blocks if not _is_plain_block(model.get_submodule(b))]
-    if wrong:
-        rule = "must name linears of plain FFN blocks where whole blocks are experts"
-        raise ConfigError("adapter placement", [Problem("adapters.molora", rule, f"{wrong[0]}, ...")])
+    for name in blocks:
+        block = model.get_submodule(name)
+        deeper = any("." in inner for inner, module in block.named_modules() if linear_sizes(module))
+        if deeper or len(inspect.signature(block.forward).parameters) != 1:
+            rule = "must name linears of plain FFN blocks where whole blocks are experts"
+            raise ConfigError("adapter placement", [Problem("adapters.molora", rule, f"{name}, ...")])
 
 
 def _refuse_other_width(router: Router | None, name: str, sizes: tuple[int, int] | None) -> None:
@@ -173,12 +179,6 @@ def _refuse_other_width(router: Router | None, name: str, sizes: tuple[int, int]
         rule = f"must be narrower than `model`: {name} reads {sizes[0]} features, the first layer"
         problem = Problem("adapters.router_scope", rule, router.weight.shape[1])
         raise ConfigError("adapter placement", [problem])
-
-
-def _is_plain_block(block: nn.Module) -> bool:
-    """Whether it has one input, and its linears itself."""
-    deeper = any("." in name for name, module in block.named_modules() if linear_sizes(module))
-    return not deeper and len(inspect.signature(block.forward).parameters) == 1
 
 
 def _freeze(model: nn.Module, config: MoloraConfig) -> None:

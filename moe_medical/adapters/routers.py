@@ -40,23 +40,31 @@ class Choice:
     @classmethod
     def of(cls, config: MoloraConfig) -> Choice:
         """The choice that a layer's settings ask for."""
-        sampled = config.selection == "sample"
-        top_k = config.active(config.num_experts)
-        return cls(top_k, config.renormalise, sampled, config.temperature, config.jitter)
+        return cls(
+            top_k=config.active(config.num_experts),
+            renormalise=config.renormalise,
+            sampled=config.selection == "sample",
+            temperature=config.temperature,
+            jitter=config.jitter,
+        )
 
     def routing(self, logits_TE: Tensor, training: bool, start_T: Tensor | None = None) -> Routing:
         """Take the top-k, and weigh them; tokens of one `start_T` draw alike."""
         if self.top_k == logits_TE.shape[-1]:
-            every = torch.arange(self.top_k, device=logits_TE.device).expand(logits_TE.shape)
-            return Routing(logits_TE.softmax(-1), every, logits_TE)
+            every_TE = torch.arange(self.top_k, device=logits_TE.device).expand(logits_TE.shape)
+            return Routing(logits_TE.softmax(-1), every_TE, logits_TE)
         keys_TE = logits_TE
         if self.sampled and training:
-            noise_TE = _gumbel(logits_TE)
+            # Gumbel noise: the largest sum of it and a logit is drawn in proportion to the logit's
+            # exponential, and the k largest are a draw without replacement.
+            noise_TE = -torch.empty_like(logits_TE).exponential_().log()
             keys_TE = logits_TE + (noise_TE if start_T is None else noise_TE[start_T])
         ids_TK = keys_TE.topk(self.top_k, dim=-1).indices
         if self.renormalise:
-            return Routing(logits_TE.gather(-1, ids_TK).softmax(-1), ids_TK, logits_TE)
-        return Routing(logits_TE.softmax(-1).gather(-1, ids_TK), ids_TK, logits_TE)
+            weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
+        else:
+            weights_TK = logits_TE.softmax(-1).gather(-1, ids_TK)
+        return Routing(weights_TK, ids_TK, logits_TE)
 
 
 class InitialValues:
@@ -95,11 +103,6 @@ class Router(nn.Module):
     def gates_per_token(cls, config: MoloraConfig) -> int:
         """K: experts that a token is given, of which some may have a gate of 0."""
         return config.active(config.num_experts)
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.choice.top_k
 
     def logits(self, x_TD: Tensor, side: SideInputs) -> Tensor:
         """(T, E) float32."""
@@ -267,11 +270,6 @@ def new_router(config: MoloraConfig, in_features: int, generator: torch.Generato
     return ROUTERS[config.router](config, in_features, InitialValues(generator))
 
 
-def _gumbel(like: Tensor) -> Tensor:
-    """Its maximum is drawn in proportion to the exponential of what it is added to."""
-    return -torch.empty_like(like).exponential_().log()
-
-
 def _task_logits(embedding_JH: Tensor, weight_EH: Tensor, task_ids: Tensor | None, num_tokens: int) -> Tensor:
     """(T, E) logits of tasks (T,), of several for each token (T, M), or the mean over all."""
     with torch.autocast(weight_EH.device.type, enabled=False):
@@ -280,6 +278,7 @@ def _task_logits(embedding_JH: Tensor, weight_EH: Tensor, task_ids: Tensor | Non
         return logits_JE.mean(0, keepdim=True).expand(num_tokens, -1)
     if task_ids.dim() == 1:
         return logits_JE[task_ids]
+    # Several tasks a token, filled up with -1: gathered as task 0, and left out of the mean.
     known_TM1 = (task_ids >= 0).unsqueeze(-1)
     each_TME = logits_JE[task_ids.clamp(min=0)] * known_TM1
     mean_TE = each_TME.sum(1) / known_TM1.sum(1).clamp(min=1)
@@ -312,7 +311,8 @@ class _Float32Linear(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         with torch.autocast(x_TD.device.type, enabled=False):
             grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-            wanted = ctx.needs_input_grad[1]  # not so where the router is frozen
-            grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype) if wanted else None
+            grad_weight = None
+            if ctx.needs_input_grad[1]:  # not so where the router is frozen
+                grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
             grad_bias = grad_TE.sum(0).to(weight_ED.dtype) if ctx.biased else None
             return grad_x, grad_weight, grad_bias

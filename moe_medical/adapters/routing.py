@@ -270,9 +270,10 @@ class ForwardPass:
         tasks_T = self.inputs.task_ids_of(num_tokens) if with_tasks else None
         side = SideInputs(tasks_T, scalings_TE=self.scalings.get(layer_name), tap=tap)
         later_TE = self.prompts.logits_of(layer_name, num_tokens)
-        if later_TE is not None:
+        if later_TE is not None:  # the cache holds the prompt, so this pass cannot see it
             return side._replace(prompt_logits_TE=later_TE)
         sequences = self.inputs.sequences
+        # A pass over single positions after the prompts has no whole samples.
         if sequences is not None and len(sequences.start_T) == num_tokens:
             return side._replace(sequences=sequences)
         return side
@@ -280,7 +281,7 @@ class ForwardPass:
     def keep(self, layer_name: str, routing: Routing) -> None:
         """Record a layer's routing, and remember what it means for the tokens to come."""
         self.prompts.keep(layer_name, routing.logits_TE)
-        if self.inputs.token_mask_BS is not None:
+        if self.inputs.token_mask_BS is not None:  # else nobody reads it, and it would hold the graph
             self.record.routings[layer_name] = routing
 
 
@@ -316,7 +317,7 @@ class RoutingContext:
         Raises:
             RuntimeError: A batch is bound already.
         """
-        if self.current.number:
+        if self.current.number:  # checkpointing would recompute the outer batch by the inner one's inputs
             raise RuntimeError("a batch is bound already: one context serves one batch at a time")
         self.current = ForwardPass(next(self._numbers), pass_name, inputs)
         try:

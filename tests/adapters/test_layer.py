@@ -111,7 +111,7 @@ def naive(layer: MoloraLinear, x: Tensor) -> Tensor:
     rows = []
     for token in x.reshape(-1, layer.in_features):
         z = layer.router.weight @ token + layer.router.bias
-        chosen = z.detach().sort(descending=True).indices[: layer.router.top_k]
+        chosen = z.detach().sort(descending=True).indices[: layer.router.choice.top_k]
         y = layer.base(token)
         for i in chosen:
             g = z[i].exp() / z[chosen].exp().sum()

@@ -32,7 +32,7 @@ def layer(top_k: int = EXPERTS) -> MoloraLinear:
 def expected(made: MoloraLinear, x: torch.Tensor, task: int) -> torch.Tensor:
     """h = W0 x + alpha / rank sum_i w_ji B_i A_i x, w_j = softmax(W e_j) over the k largest."""
     logits = made.router.weight @ made.router.embedding[task]
-    chosen = logits.argsort(descending=True)[: made.router.top_k].tolist()
+    chosen = logits.argsort(descending=True)[: made.router.choice.top_k].tolist()
     weights = dict(zip(chosen, logits[chosen].softmax(0), strict=True))
     delta = sum(w * (made.lora_B[i] @ (made.lora_A[i] @ x)) for i, w in weights.items())
     return made.base(x) + 2.0 * delta

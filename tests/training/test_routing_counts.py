@@ -73,7 +73,7 @@ def _gates(trainer: Any) -> list[Any]:
     from moe_medical.adapters.model import routed_layers
 
     routers = [layer.router for layer in routed_layers(trainer.engine.module).values()]
-    dense = [r for r in routers if hasattr(r, "embedding") and r.top_k == r.weight.shape[0]]
+    dense = [r for r in routers if hasattr(r, "embedding") and r.choice.top_k == r.weight.shape[0]]
     return [(r.embedding @ r.weight.t()).softmax(-1).tolist() for r in dense]
 
 
