@@ -80,7 +80,7 @@ class AdapterModule(nn.Module):
         self.context = context
         self.frozen: frozenset[str] = frozenset()
         """Local names of the parameters that are not trained."""
-        # A hash, as neighbours' seeds would differ by one; torch takes 63 bits.
+        # A hash: neighbouring seeds or names start from unrelated numbers. Of 63 bits, as seeds are signed.
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._generator_seed = int.from_bytes(digest[:8], "big") >> 1
 

@@ -57,10 +57,11 @@ def attach_adapters(
     linears = adaptable_modules(model)
     placement = match_modules(linears, config)
     model.requires_grad_(False)
-    _Attaching(model, config, seed, shard, linears).attach(placement)
-    _freeze(model, config)  # after all are there: a shared router is frozen or trained by its owner
+    attaching = _Attaching(model, config, seed, shard, linears)
+    attaching.attach(placement)
+    _freeze(model, config)
     check_trainable(model)
-    return next(iter(adapter_modules(model))).context
+    return attaching.context
 
 
 class _Attaching:
@@ -79,7 +80,7 @@ class _Attaching:
         self._seed = seed
         self._shard = shard
         self._all_linears = linears
-        self._context = RoutingContext()
+        self.context = RoutingContext()
         self._num_layers = 1 + max(map(depth_of, linears))
 
     def attach(self, placement: Mapping[str, AdapterKind]) -> None:
@@ -92,7 +93,7 @@ class _Attaching:
         else:
             self._attach_ffn_blocks(routed)
         if routed and self._config.router == "xlora":
-            attach_classifier(self._model, routed, self._config, self._seed, self._context)
+            attach_classifier(self._model, routed, self._config, self._seed, self.context)
 
     def _attach_linears(self, names: list[str]) -> None:
         """Routed experts in single linear layers, in the order in which these run."""
@@ -134,7 +135,7 @@ class _Attaching:
 
     def _target(self, name: str) -> Target:
         config = self._config.at_depth(depth_of(name), self._num_layers)
-        return Target(self._model.get_submodule(name), config, name, self._seed, self._context)
+        return Target(self._model.get_submodule(name), config, name, self._seed, self.context)
 
     def _replace(self, name: str, adapted: AdapterModule) -> None:
         parent, _, child = name.rpartition(".")

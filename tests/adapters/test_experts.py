@@ -1,4 +1,4 @@
-"""The concat path: against plain autograd, into the base's output or beside it, and what it keeps."""
+"""Applied experts against plain autograd, into the base output or beside it; what is kept; by which path."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from moe_medical.adapters.dropout import Dropout
-from moe_medical.adapters.experts import LoraFactors, apply_lora, apply_topk
+from moe_medical.adapters.experts import (
+    MEASURED,
+    ExpertPath,
+    ExpertShape,
+    LoraFactors,
+    apply_lora,
+    apply_topk,
+    choose_path,
+)
+from moe_medical.errors import ConfigError
 
 D, F, E, RANK, T, K = 6, 10, 4, 3, 5, 2
 SHAPES = {
@@ -212,22 +220,6 @@ def test_autocast_computes_in_the_dtype_of_the_output():
     )
 
 
-def test_a_mask_is_drawn_again_as_it_was_and_from_the_global_state():
-    x = torch.empty(300, 401)  # no multiple of what one random word decides about
-    torch.manual_seed(3)
-    dropout = Dropout(x.device, 0.05)
-    first, other = dropout.mask(x), Dropout(x.device, 0.05).mask(x)
-    assert torch.equal(first, dropout.mask(x, again=True))
-    assert not torch.equal(first, other)
-    torch.manual_seed(3)
-    assert torch.equal(first, Dropout(x.device, 0.05).mask(x))
-    assert dropout.keep == pytest.approx(0.95, abs=1 / 65536)
-    kept = first.double().mean().item()
-    assert kept == pytest.approx(dropout.keep, abs=4 * (0.05 * 0.95 / x.numel()) ** 0.5)
-    columns = first.double().mean(0)  # no position of a word is special
-    assert all(abs(columns[i::4].mean().item() - 0.95) < 0.005 for i in range(4))
-
-
 @pytest.mark.parametrize("kind", ["gated", "shared_a"])
 def test_kept_for_backward_are_the_input_the_chosen_units_and_the_routing(kind: str):
     x, (A, B, _), (ids, weights) = draw(1, T, D), of_kind(kind), routing()
@@ -259,3 +251,68 @@ def test_experts_of_a_shard_need_an_exchange():
     y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
     with pytest.raises(AssertionError, match="needs an exchange"):
         apply_lora(y, x, LoraFactors(A[:2], B[:2], 2.0), gate)
+
+
+# Which path
+
+
+def chosen(path: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any) -> str:
+    of = {"num_experts": 8, "rank": 8, "top_k": 2, "in_features": 768, "out_features": 2048, **sizes}
+    return choose_path(path, ExpertShape(**of), device, dtype)
+
+
+def test_auto_takes_what_is_faster_and_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert chosen() == "concat"
+    assert chosen(num_experts=64, rank=16) == "grouped"
+    assert chosen(num_experts=64, rank=16, dtype=torch.bfloat16) == "grouped"
+    assert chosen(num_experts=64, rank=16, top_k=64) == "concat"  # every expert is used
+    assert chosen(num_experts=64, rank=18) == "concat"  # strides are no multiples of 16 bytes
+    assert chosen(num_experts=64, rank=4, dtype=torch.bfloat16, in_features=64, out_features=64) == "concat"
+    assert chosen(num_experts=64, rank=16, shared_a=True) == "concat"
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "told"),
+    [
+        ("triton", {}, "must not be `triton` without a GPU"),
+        ("triton", {"device": "cuda", "rank": 12}, "must not be `triton` without .* rank 2"),
+        ("grouped", {"device": "cuda"}, "must not be `grouped` on a GPU below bfloat16"),
+        ("grouped", {"rank": 6}, r"multiples of 4 in torch.float32, got \(6, 768, 2048\)"),
+    ],
+)
+def test_a_path_that_does_not_fit_is_refused(
+    path: str, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=told):
+        chosen(path, **changes)
+
+
+def test_experts_that_share_a_go_the_concat_path_alone():
+    with pytest.raises(ConfigError, match="must be `concat` or `auto` where experts share A"):
+        chosen("grouped", in_features=64, out_features=64, shared_a=True)
+
+
+def test_grouped_is_taken_nowhere_where_it_was_measured_to_be_slower():
+    for in_features, out_features, tokens, top_k, times in MEASURED:
+        for (num_experts, rank), faster in times.items():
+            sizes = {"num_experts": num_experts, "rank": rank, "top_k": top_k}
+            path = chosen(in_features=in_features, out_features=out_features, **sizes)
+            assert path == "concat" or faster > 1, (in_features, out_features, tokens, top_k, sizes)
+            assert path == "grouped" or faster < 1.5, (in_features, out_features, tokens, top_k, sizes)
+
+
+def test_the_path_of_a_layer_is_chosen_once_for_a_device_and_a_dtype(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def choose(*args: Any) -> str:
+        asked.append(args)
+        return choose_path(*args)
+
+    monkeypatch.setattr("moe_medical.adapters.experts.choose_path", choose)
+    path = ExpertPath("auto", ExpertShape(8, 4, 2, 20, 20))
+    wide = [path.on("cpu", torch.float32) for _ in range(3)]
+    narrow = [path.on("cpu", torch.bfloat16) for _ in range(3)]  # 4 * 2 bytes are no multiple of 16
+    assert (wide, narrow) == (["grouped"] * 3, ["concat"] * 3)
+    assert len(asked) == 2

@@ -1,4 +1,4 @@
-"""The grouped path against the concat path, without waiting for the host; and which path is chosen when."""
+"""The grouped path against the concat path, without waiting for the host."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_medical.adapters.experts import (
-    MEASURED,
-    ExpertPath,
-    ExpertShape,
-    LoraFactors,
-    apply_topk,
-    choose_path,
-)
-from moe_medical.errors import ConfigError
+from moe_medical.adapters.experts import ExpertPath, ExpertShape, LoraFactors, apply_topk
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "bincount", "is_nonzero", "equal.default")
 
@@ -140,53 +132,6 @@ def test_kept_for_backward_are_no_sorted_inputs_or_outputs():
     assert extra == copies * rank * 4 + 2 * copies * 8 + experts * 4
 
 
-def chosen(path: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any) -> str:
-    of = {"num_experts": 8, "rank": 8, "top_k": 2, "in_features": 768, "out_features": 2048, **sizes}
-    return choose_path(path, ExpertShape(**of), device, dtype)
-
-
-def test_auto_takes_what_is_faster_and_fits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert chosen() == "concat"
-    assert chosen(num_experts=64, rank=16) == "grouped"
-    assert chosen(num_experts=64, rank=16, dtype=torch.bfloat16) == "grouped"
-    assert chosen(num_experts=64, rank=16, top_k=64) == "concat"  # every expert is used
-    assert chosen(num_experts=64, rank=18) == "concat"  # strides are no multiples of 16 bytes
-    assert chosen(num_experts=64, rank=4, dtype=torch.bfloat16, in_features=64, out_features=64) == "concat"
-    assert chosen(num_experts=64, rank=16, shared_a=True) == "concat"
-
-
-@pytest.mark.parametrize(
-    ("path", "changes", "told"),
-    [
-        ("triton", {}, "must not be `triton` without a GPU"),
-        ("triton", {"device": "cuda", "rank": 12}, "must not be `triton` without .* rank 2"),
-        ("grouped", {"device": "cuda"}, "must not be `grouped` on a GPU below bfloat16"),
-        ("grouped", {"rank": 6}, r"multiples of 4 in torch.float32, got \(6, 768, 2048\)"),
-    ],
-)
-def test_a_path_that_does_not_fit_is_refused(
-    path: str, changes: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match=told):
-        chosen(path, **changes)
-
-
-def test_experts_that_share_a_go_the_concat_path_alone():
-    with pytest.raises(ConfigError, match="must be `concat` or `auto` where experts share A"):
-        chosen("grouped", in_features=64, out_features=64, shared_a=True)
-
-
-def test_grouped_is_taken_nowhere_where_it_was_measured_to_be_slower():
-    for in_features, out_features, tokens, top_k, times in MEASURED:
-        for (num_experts, rank), faster in times.items():
-            sizes = {"num_experts": num_experts, "rank": rank, "top_k": top_k}
-            path = chosen(in_features=in_features, out_features=out_features, **sizes)
-            assert path == "concat" or faster > 1, (in_features, out_features, tokens, top_k, sizes)
-            assert path == "grouped" or faster < 1.5, (in_features, out_features, tokens, top_k, sizes)
-
-
 def of_layer(wanted: str, case: Case) -> str:
     experts, features, rank = case.given[3].shape
     shape = ExpertShape(experts, rank, case.ids.shape[1], case.given[1].shape[-1], features)
@@ -198,21 +143,6 @@ def test_a_layer_gets_the_same_numbers_by_any_path(wanted: str):
     case = Case(12, 16, 16, 6, 8, 2)
     for got, expected in zip(case.run(of_layer(wanted, case)), case.run("concat"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_path_of_a_layer_is_chosen_once_for_a_device_and_a_dtype(monkeypatch: pytest.MonkeyPatch):
-    asked: list[Any] = []
-
-    def choose(*args: Any) -> str:
-        asked.append(args)
-        return choose_path(*args)
-
-    monkeypatch.setattr("moe_medical.adapters.experts.choose_path", choose)
-    path = ExpertPath("auto", ExpertShape(8, 4, 2, 20, 20))
-    wide = [path.on("cpu", torch.float32) for _ in range(3)]
-    narrow = [path.on("cpu", torch.bfloat16) for _ in range(3)]  # 4 * 2 bytes are no multiple of 16
-    assert (wide, narrow) == (["grouped"] * 3, ["concat"] * 3)
-    assert len(asked) == 2
 
 
 def test_paths_of_a_layer_follow_its_sizes():

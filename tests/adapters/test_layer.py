@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear, Target
-from moe_medical.adapters.routing import BatchInputs, RoutingContext
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config.presets import MoloraConfig
 
 D, F = 12, 20
@@ -315,12 +315,3 @@ def test_nothing_is_recorded_outside_a_bind():
     layer = molora(config())
     layer(tokens(3))
     assert layer.context.record.routings == {}
-    context = RoutingContext()
-    with pytest.raises(RuntimeError, match="no batch is bound"):
-        _ = context.inputs.token_mask_T
-    with (
-        context.bind(BatchInputs(torch.ones(1, 1))),
-        pytest.raises(RuntimeError, match="bound already"),
-        context.bind(BatchInputs(torch.ones(1, 1))),
-    ):
-        pass

@@ -8,7 +8,7 @@ from torch import nn
 
 from moe_medical.adapters.layer import MoloraLinear, Target
 from moe_medical.adapters.routers import new_router
-from moe_medical.adapters.routing import BatchInputs, RoutingContext
+from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config import MoloraConfig, resolve_adapters
 from moe_medical.config.presets import TASK_FEATURES
 from moe_medical.config.schema import AdaptersSection
@@ -95,13 +95,3 @@ def test_parameters_are_counted_and_the_preset_stays_a_token_router() -> None:
     assert sum(router_sizes(adapters, D)) == TASK_FEATURES * (TASKS + EXPERTS)
     assert resolve_adapters(AdaptersSection(), TASKS).num_tasks == 0
     assert resolve_adapters(AdaptersSection()).router == "token"
-
-
-def test_a_bound_batch_is_not_bound_again() -> None:
-    context = RoutingContext()
-    with (
-        context.bind(BatchInputs(torch.ones(1, 1, dtype=torch.bool))),
-        pytest.raises(RuntimeError, match="bound already"),
-        context.bind(BatchInputs.of_rows(torch.tensor([0]))),
-    ):
-        pass
