@@ -23,7 +23,8 @@ from moe_medical.adapters.paths import GatedLora, Gradients, Wanted, spread_gate
 def add(y_TF: Tensor, x_TD: Tensor, lora: GatedLora, ids_TK: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
     """See `Path`. Kept are the hidden units; with `ids_TK` only those of the chosen experts, and the ids."""
     A_hD, B_FH = _as_one_lora(lora)
-    hidden_TEr = _by_expert(x_TD @ A_hD.t(), lora)
+    hidden_Th = x_TD @ A_hD.t()
+    hidden_TEr = hidden_Th.unsqueeze(1) if lora.shares_A else _per_expert(hidden_Th, lora)
     y_TF.addmm_((hidden_TEr * _weights(lora, ids_TK)).flatten(1), B_FH.t())
     if not keep:
         return ()
@@ -45,7 +46,7 @@ def gradients(
         hidden_TEr = zeros_TEr.scatter_(1, ids_TK.unsqueeze(-1).expand_as(chosen_TKr), chosen_TKr)
     A_hD, B_FH = _as_one_lora(lora)
     weights = _weights(lora, ids_TK)
-    grad_gated_TEr = (grad_TF @ B_FH).unflatten(-1, (lora.num_experts, -1))
+    grad_gated_TEr = _per_expert(grad_TF @ B_FH, lora)
     grad_hidden_TEr = grad_gated_TEr * weights
     # Units that all experts share sum what comes back from each.
     grad_hidden_Th = grad_hidden_TEr.sum(1) if lora.shares_A else grad_hidden_TEr.flatten(1)
@@ -75,9 +76,9 @@ def _as_one_lora(lora: GatedLora) -> tuple[Tensor, Tensor]:
     return A_hD, B_FH
 
 
-def _by_expert(hidden_Th: Tensor, lora: GatedLora) -> Tensor:
-    """(T, E, r); (T, 1, r) where A is shared, as all experts see the same units."""
-    return hidden_Th.unflatten(-1, (1 if lora.shares_A else lora.num_experts, -1))
+def _per_expert(units_TH: Tensor, lora: GatedLora) -> Tensor:
+    """(T, E, r); as they are where no gate tells the experts apart."""
+    return units_TH if lora.gate is None else units_TH.unflatten(-1, (lora.num_experts, -1))
 
 
 def _weights(lora: GatedLora, ids_TK: Tensor | None) -> Tensor | float:

@@ -10,16 +10,17 @@ autocast and the exchange of expert parallelism.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class GatedLora:
-    """What every path gets: low-rank experts, and how much of each a token takes."""
+class GatedLora(NamedTuple):
+    """What every path gets: low-rank experts, and how much of each a token takes.
+
+    No dataclass: one is made in each forward, and a token's answer is short of microseconds.
+    """
 
     lora_A: Tensor
     """(E, rank, D), or (rank, D): a plain LoRA, or one A that all experts share (HydraLoRA)."""
