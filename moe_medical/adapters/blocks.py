@@ -155,7 +155,8 @@ class FfnLoraLinear(AdaptedLinear):
         experts = target.config.num_experts
         rank = target.config.expert_rank(experts)
         self.lora_A = nn.Parameter(self._new_A(self.new_generator(), experts, rank, self.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(experts, self.out_features, rank, device=self._device))
+        shape_B = (experts, self.out_features, rank)
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=torch.float32, device=self._device))
         self._dispatch = dispatch
         shape = ExpertShape(experts, rank, 1, self.in_features, self.out_features)
         self.path = ExpertPath(target.config.path, shape)

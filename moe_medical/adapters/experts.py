@@ -148,9 +148,8 @@ class _ApplyExperts(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         mask, ctx.dropout, share = draw_mask(x, call.dropout)
-        ctx.call = (
-            call  # settings only: tensors go through save_for_backward, or checkpointing could not free them
-        )
+        # No tensor is kept in ctx but by save_for_backward: else activation checkpointing could not free it.
+        ctx.call = call
         ctx.scale = call.scaling / share
         ctx.dtype = y.dtype
         if call.overwrite:

@@ -190,7 +190,9 @@ class LoraLinear(AdaptedLinear):
         super().__init__(target)
         rank = target.config.rank
         self.lora_A = nn.Parameter(self._new_A(self.new_generator(), rank, self.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self._device))
+        self.lora_B = nn.Parameter(
+            torch.zeros(self.out_features, rank, dtype=torch.float32, device=self._device)
+        )
         self.magnitude: nn.Parameter | None = None
         if target.config.dora:  # from |W|, so that step 0 is the base
             self.magnitude = nn.Parameter(rows_of(self.base).norm(dim=1))
@@ -239,7 +241,7 @@ class MoloraLinear(Routed, AdaptedLinear):
         config = target.config
         self.num_experts = config.num_experts
         self.group = group or RouterGroup.alone(self.name)
-        # Drawn in this order, which the values of every published run depend on: experts, router, shared.
+        # One generator draws in this order: experts, router, shared experts. Another would start elsewhere.
         generator = self.new_generator()
         self._new_experts(config, (shard or ExpertShard()).slice(self.num_experts), generator)
         if self.decides and router is None:
@@ -257,8 +259,8 @@ class MoloraLinear(Routed, AdaptedLinear):
         else:  # all are drawn and the own ones cut out, so that an expert starts alike on whatever rank
             all_A = self._new_A(generator, config.num_experts, rank, self.in_features)
             self.lora_A = nn.Parameter(all_A[own].clone())
-        own_B = torch.zeros(own.stop - own.start, self.out_features, rank, device=self._device)
-        self.lora_B = nn.Parameter(own_B)
+        shape_B = (own.stop - own.start, self.out_features, rank)
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=torch.float32, device=self._device))
 
     def _new_shared_experts(self, config: MoloraConfig, generator: torch.Generator) -> None:
         self.shared_A: nn.Parameter | None = None
@@ -270,7 +272,8 @@ class MoloraLinear(Routed, AdaptedLinear):
         count = config.shared_experts
         rank = config.expert_rank(config.num_experts)
         self.shared_A = nn.Parameter(self._new_A(generator, count, rank, self.in_features))
-        self.shared_B = nn.Parameter(torch.zeros(count, self.out_features, rank, device=self._device))
+        shape_B = (count, self.out_features, rank)
+        self.shared_B = nn.Parameter(torch.zeros(shape_B, dtype=torch.float32, device=self._device))
         if config.learn_shared_weight:
             gates = torch.full((count,), config.shared_weight, device=self._device)
             self.shared_gate = nn.Parameter(gates)
