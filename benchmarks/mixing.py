@@ -152,7 +152,7 @@ def train(run: Path, arm: str, seed: int, size: Size, topology: Any) -> dict[str
     shutil.rmtree(folder)
     return {
         "steps": steps,
-        "tokens": trainer.tokens_seen,
+        "tokens": trainer.log.tokens,
         "seconds": round(time.perf_counter() - began, 1),
         "before": result.before.macro_loss,
         "macro": statistics.mean(losses.values()),

@@ -50,7 +50,7 @@ from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.report import write_report
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker, paired_error
-from moe_medical.training.data_module import Feed
+from moe_medical.training.data_module import DataModule
 from moe_medical.training.trainer import Trainer
 
 LOG = logging.getLogger("seesaw")
@@ -229,9 +229,9 @@ class Benchmark:
         batch = self.size.single_batch
         mixed = self._overrides("LoRA", rate, DEFAULT, seed=1)
         steps = self._steps(mixed, 1.0)
-        feed = self._feed([*mixed, f"training.steps={steps}"])
+        data = self._data([*mixed, f"training.steps={steps}"])
         single = {}
-        for task, samples in zip(feed.tasks, feed.samples(steps).tolist(), strict=True):
+        for task, samples in zip(data.tasks, data.samples(steps).tolist(), strict=True):
             overrides = [
                 *self._overrides("LoRA", rate, PROPORTIONAL | {"max_repeats": None}, seed=1),
                 f"data.only=[{task.name}]",
@@ -257,7 +257,7 @@ class Benchmark:
             "key": key,
             "seed": config.run.seed,
             "steps": config.training.steps,
-            "tokens": trainer.tokens_seen,
+            "tokens": trainer.log.tokens,
             "learning_rate": config.training.learning_rate,
             "trainable_parameters": trainable_parameters(trainer),
             "macro": after.macro_loss,
@@ -283,9 +283,9 @@ class Benchmark:
         tokens = tokens_per_step(load_config(self.run_file, overrides))
         return max(1, round(share * self.size.tokens / tokens))
 
-    def _feed(self, overrides: list[str]) -> Feed:
+    def _data(self, overrides: list[str]) -> DataModule:
         config: RunConfig = load_config(self.run_file, overrides)
-        return Feed(config, locate_base(config.model))
+        return DataModule(config, locate_base(config.model))
 
 
 def run_key(name: str, seed: int) -> str:
@@ -332,7 +332,7 @@ def trainable_parameters(trainer: Trainer) -> int:
 
 def named_samples(trainer: Trainer) -> dict[str, int]:
     """Samples of each task that a run has trained on."""
-    samples = trainer.feed.samples(trainer.config.training.steps).tolist()
+    samples = trainer.data.samples(trainer.config.training.steps).tolist()
     return {task.name: int(n) for task, n in zip(trainer.tasks, samples, strict=True)}
 
 

@@ -21,7 +21,7 @@ from moe_medical.config.schema import RunConfig
 from moe_medical.data.recipe import load_recipe
 from moe_medical.data.sources import load_split
 from moe_medical.data.tokens import keep_tokens
-from moe_medical.training.data_module import Feed
+from moe_medical.training.data_module import DataModule
 
 LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
@@ -124,8 +124,8 @@ def mix_overrides(mix: dict[str, Any], prefix: str = "data.mix") -> list[str]:
 
 def tokens_per_step(config: RunConfig) -> float:
     """Mean tokens of a step under the run's static shares."""
-    feed = Feed(config, locate_base(config.model))
-    samples = feed.samples(config.training.steps)
-    tasks = keep_tokens(feed.tasks, samples.tolist(), "always", ranks=1)
+    data = DataModule(config, locate_base(config.model))
+    samples = data.samples(config.training.steps)
+    tasks = keep_tokens(data.tasks, samples.tolist(), "always", ranks=1)
     tokens = sum(n * task.tokens.mean_length for n, task in zip(samples.tolist(), tasks, strict=True))
     return float(config.training.global_batch * tokens / samples.sum())

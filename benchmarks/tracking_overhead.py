@@ -6,7 +6,7 @@
 Two runs: SmolLM2-135M on the embedded terminologies (26 tasks), and the small Llama of the other benchmarks
 on `data_recipes/public_text.yaml` (28 tasks). Each round takes a plain step, a step with routing counts, a
 look at the tasks' gradients, and an evaluation with and without scores, one after the other, so that a drift
-of the machine meets all of them. All go through the trainer's own observer, files and metrics included.
+of the machine meets all of them. All go through the trainer's own callbacks, files and metrics included.
 
     share    cost of one look / (steps between two of them * seconds of a plain step), at the default cadence
 
@@ -30,9 +30,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -44,7 +44,12 @@ from moe_medical.config import load_config
 from moe_medical.config.schema import EvaluationSection, TrackingSection
 from moe_medical.distributed.topology import Topology, start_distributed, stop_distributed
 from moe_medical.tracking.sinks import JsonlSink
+from moe_medical.training.callback import Callback
+from moe_medical.training.callbacks.conflict import Conflicts
+from moe_medical.training.callbacks.routing import Routing
 from moe_medical.training.trainer import Trainer
+
+Kind = TypeVar("Kind", bound=Callback)
 
 LOG = logging.getLogger("tracking_overhead")
 ROOT = Path(__file__).parents[1]
@@ -127,7 +132,7 @@ def measure(scratch: Path, case: Case, rounds: int) -> dict[str, Any]:
     config = load_config(run)
     trainer = Trainer(config, start_distributed(config.parallel))
     trainer.folder.create(config)
-    trainer.sinks.append(JsonlSink(trainer.folder.metrics))
+    trainer.log.sinks.append(JsonlSink(trainer.folder.metrics))
     seconds: dict[str, list[float]] = defaultdict(list)
     scale = {
         part: positions(trainer, rows) / positions(trainer, case.rows[part]) for part, rows in ROWS.items()
@@ -180,7 +185,7 @@ def write_run(scratch: Path, case: Case) -> Path:
 
 def positions(trainer: Trainer, rows: int) -> int:
     """Positions of the batches of an evaluation of so many rows of each task."""
-    chat, size = trainer.feed.chat, trainer.config.evaluation.batch_rows
+    chat, size = trainer.data.chat, trainer.config.evaluation.batch_rows
     examples = [example for task in trainer.tasks for example in task.evaluation[:rows]]
     lengths = sorted((len(chat.encode(e.prompt, e.target).input_ids) for e in examples), reverse=True)
     return sum(length * len(lengths[i : i + size]) for i, length in enumerate(lengths) if i % size == 0)
@@ -188,29 +193,35 @@ def positions(trainer: Trainer, rows: int) -> int:
 
 def one_round(trainer: Trainer, number: int) -> dict[str, float]:
     """Seconds of each part."""
-    observer, first = trainer.observer, 1000 * number
+    first = 1000 * number
     plain = timed(lambda: take_step(trainer, number, PLAIN))
     routing = take_step(trainer, number, ROUTING)
-    conflict = timed(lambda: observer.step_done(CONFLICT, 0))
-    losses = timed(lambda: observer.evaluate(first + 1, "losses", 0, lambda: None, scores=False))
-    both = timed(lambda: observer.evaluate(first + 2, "scores", 0, lambda: None))
+    result = replace(trainer.train_step(number, trainer.batches.step(number)), step=CONFLICT - 1)
+    conflict = timed(lambda: the(trainer, Conflicts).after_step(result))
+    losses = timed(lambda: trainer.evaluate(first + 1, "losses", scores=False))
+    both = timed(lambda: trainer.evaluate(first + 2, "scores"))
     looks = {"conflict": conflict, "evaluation": losses, "scores": max(both - losses, 0.0)}
     return {"step": plain, "routing": routing, **looks}
+
+
+def the(trainer: Trainer, kind: type[Kind]) -> Kind:
+    """The trainer's callback of a kind."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
 def take_step(trainer: Trainer, number: int, done: int) -> float:
     """One optimizer step as the trainer takes it, watched as the one that ends at `done`.
 
     Returns:
-        Seconds that the watching took.
+        Seconds that counting routings took.
     """
-    observer, watched = trainer.observer, list[float]()
-    look = observer.after_forward
-    observer.after_forward = lambda: watched.append(timed(look))  # type: ignore[method-assign]
-    observer.before_step(done - 1)
-    trainer.train_step(number, trainer.batches.step(number))
-    observer.after_forward = look  # type: ignore[method-assign]
-    return sum(watched) + timed(lambda: observer.step_done(done, 0))
+    routing, watched = the(trainer, Routing), list[float]()
+    count = routing.after_forward
+    routing.after_forward = lambda: watched.append(timed(count))  # type: ignore[method-assign]
+    routing.before_step(done - 1)
+    result = trainer.train_step(number, trainer.batches.step(number))
+    routing.after_forward = count  # type: ignore[method-assign]
+    return sum(watched) + timed(lambda: routing.after_step(replace(result, step=done - 1)))
 
 
 def timed(action: Callable[[], object]) -> float:

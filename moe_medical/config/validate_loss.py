@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from moe_medical.config.deepspeed import read_deepspeed, zero_stage
 from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
@@ -40,20 +41,35 @@ def loss_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _router_path_problems(config, resolve_adapters(config.adapters))
 
 
-def task_gradient_problems(config: RunConfig, key: str, value: str) -> Iterator[Problem]:
-    """Why this layout cannot tell the gradients of single tasks, which `key` asks for."""
+class Obstacle(NamedTuple):
+    """Why a layout cannot tell the gradients of single tasks."""
+
+    reason: str
+    """Continues `cannot with ...`."""
+    fix: str
+
+
+def task_gradient_obstacles(config: RunConfig) -> Iterator[Obstacle]:
+    """All that keeps the gradients of single tasks from being told apart."""
     if config.parallel.ep_size > 1:
-        rule = "must not be used with parallel.ep_size > 1: ranks with other tasks would wait for each other"
-        yield Problem(key, rule, value, "Use ep_size 1.")
+        yield Obstacle(
+            "parallel.ep_size > 1: ranks with other tasks would wait for each other", "Use ep_size 1."
+        )
     if _zero_stage(config) == 3:
-        rule = "must not be used with ZeRO-3: gradients of partitioned parameters come back empty"
-        yield Problem(key, rule, value, "Use a DeepSpeed JSON of stage 0, 1 or 2.")
+        reason = "ZeRO-3: gradients of partitioned parameters come back empty"
+        yield Obstacle(reason, "Use a DeepSpeed JSON of stage 0, 1 or 2.")
     if config.training.activation_checkpointing == "reentrant":
-        rule = "must not be used with reentrant activation checkpointing: it hides the adapters from autograd"
-        yield Problem(key, rule, value, "Use training.activation_checkpointing=non_reentrant.")
+        reason = "reentrant activation checkpointing: it hides the adapters from autograd"
+        yield Obstacle(reason, "Use training.activation_checkpointing=non_reentrant.")
     if config.training.compile:
-        rule = "must not be used with training.compile: compiled blocks have one backward pass only"
-        yield Problem(key, rule, value, "Use compile=false.")
+        reason = "training.compile: compiled blocks have one backward pass only"
+        yield Obstacle(reason, "Use compile=false.")
+
+
+def task_gradient_problems(config: RunConfig, key: str, value: str) -> Iterator[Problem]:
+    """The same where `key` asks for these gradients."""
+    for obstacle in task_gradient_obstacles(config):
+        yield Problem(key, f"must not be used with {obstacle.reason}", value, obstacle.fix)
 
 
 def _surgery_problems(config: RunConfig) -> Iterator[Problem]:

@@ -51,6 +51,10 @@ class Topology:
             dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
+    def from_main(self, values: np.ndarray) -> np.ndarray:
+        """The main rank's values, on every rank. Collective: every rank must call."""
+        return self.sum(values if self.is_main else np.zeros_like(values))
+
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Concatenate equally shaped `rows` of all ranks in rank order. Collective: every rank must call."""
         if self.world_size == 1:

@@ -35,7 +35,7 @@ from moe_medical.planning.plan import RunPlan, make_plan
 from moe_medical.planning.preflight import preflight
 from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.run_paths import RunPaths
-from moe_medical.training.identity import compared_settings
+from moe_medical.training.fingerprint import compared_settings
 from moe_medical.training.supervisor import run_ranks
 
 _LOG = logging.getLogger(__name__)

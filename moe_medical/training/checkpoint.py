@@ -5,11 +5,11 @@
       step-00002400/
         adapters.safetensors      fp32 master of every trainable tensor, by parameter name
         optimizer.safetensors     exp_avg.<name>, exp_avg_sq.<name>, fp32
-        state.json                step, samples, mixture state, counters
+        state.json                step, samples, tokens, the run's fingerprint, the state of each callback
         MANIFEST.json             written last: sha256 and bytes of each file, layout, versions
 
 Nothing is ever unpickled. Random numbers need no file: the trainer seeds them from (seed, step, rank)
-at every step.
+at every step. Format 1, which kept the parts of the state under keys of their own, is read too.
 Not here: retries on a full disk, and reading with one damaged copy per node.
 """
 
@@ -32,7 +32,7 @@ from moe_medical.distributed.state import MOMENTS, TrainableState
 from moe_medical.errors import DataError, StorageError
 from moe_medical.files import new_folder, sha256_file, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST, _STATE, _LATEST = "MANIFEST.json", "state.json", "latest.json"
 _ADAPTERS, _OPTIMIZER = "adapters.safetensors", "optimizer.safetensors"
 _FILES = {_ADAPTERS, _OPTIMIZER, _STATE}
@@ -45,7 +45,7 @@ class Checkpoint:
 
     trainable: TrainableState
     state: dict[str, Any]
-    """JSON values: samples, mixture state, counters."""
+    """JSON values: samples, tokens, task weights, `fingerprint` of the run, `callbacks` by name."""
 
 
 class CheckpointFolder:
@@ -74,26 +74,40 @@ class CheckpointFolder:
         return target
 
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint that is what its manifest says; damaged ones are set aside."""
-        for folder in self._folders():
-            problem = _damage(folder)
-            if problem is None:
-                return _step(folder)
+        """Step of the newest checkpoint that is what its manifest says; changes nothing."""
+        return self._newest_whole()[0]
+
+    def recover(self) -> int | None:
+        """The same, after damaged newer ones were renamed, so that their steps can be saved again."""
+        step, damaged = self._newest_whole()
+        for folder, problem in damaged:
             aside = folder.with_name(f"{folder.name}.corrupt-{uuid.uuid4().hex[:4]}")
             folder.rename(aside)
             _LOG.warning("checkpoint %s is damaged (%s); set aside as %s", folder.name, problem, aside.name)
-        return None
+        return step
 
     def load(self, step: int) -> Checkpoint:
-        """Read a checkpoint that `newest_step` has found valid."""
+        """Read a checkpoint that `recover` has found whole."""
         folder = self.root / _name(step)
         optimizer = load_file(folder / _OPTIMIZER)
         moments: dict[str, dict[str, torch.Tensor]] = {key: {} for key in MOMENTS}
         for full_name, tensor in optimizer.items():
             key, _, name = full_name.partition(".")
             moments[key][name] = tensor
-        state = json.loads((folder / _STATE).read_text())
+        state = _read_json(folder / _STATE)
+        if _read_json(folder / _MANIFEST)["format_version"] == 1:
+            state = _from_format_1(state)
         return Checkpoint(TrainableState(load_file(folder / _ADAPTERS), moments, step), state)
+
+    def _newest_whole(self) -> tuple[int | None, list[tuple[Path, str]]]:
+        """The newest whole one's step, and before it the damaged ones with what is wrong."""
+        damaged: list[tuple[Path, str]] = []
+        for folder in self._folders():
+            problem = _damage(folder)
+            if problem is None:
+                return _step(folder), damaged
+            damaged.append((folder, problem))
+        return None, damaged
 
     def _folders(self) -> Iterator[Path]:
         """Published checkpoints, newest first. The pointer is for people; the folders are the truth."""
@@ -125,6 +139,26 @@ def check_same_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, .
         f"the checkpoint's tensors are not this model's: missing {missing}, extra {extra}, "
         f"other shape {other}. Were model or adapters changed in the run file? Use a new run.name."
     )
+
+
+def _from_format_1(old: dict[str, Any]) -> dict[str, Any]:
+    """The state of format 1 in the form of today: its sums of losses had an owner each."""
+    mixture, guard = dict(old["mixture"]), dict(old["guard"])
+    loss, tokens, samples = zip(*old["meter"], strict=True)
+    unused = [0.0] * len(samples)  # the other two readers never asked for numbers of samples
+    callbacks = {
+        "task_losses": {
+            "log": [list(loss), list(tokens), list(samples)],
+            "mixture": [*mixture.pop("sums"), unused],
+            "guard": [*guard.pop("sums"), unused],
+        },
+        "step_log": {"truncated": old["truncated"]},
+        "mixture": mixture,
+    }
+    if guard["guard"] is not None:
+        callbacks["guard"] = guard | {"probed": guard.pop("looked")}
+    kept = {key: old[key] for key in ("step", "samples", "tokens", "task_weights")}
+    return kept | {"fingerprint": old["identity"], "callbacks": callbacks}
 
 
 def _name(step: int) -> str:
@@ -161,7 +195,7 @@ def _manifest(folder: Path, step: int, layout: dict[str, Any]) -> dict[str, Any]
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = _read_json(folder / _MANIFEST)
         _refuse_newer(folder, int(manifest["format_version"]))
         if manifest["step"] != _step(folder):
             return f"manifest of step {manifest['step']}"
@@ -186,3 +220,7 @@ def _refuse_newer(folder: Path, version: int) -> None:
 def _entry(path: Path) -> dict[str, object]:
     """What the manifest says of a file."""
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

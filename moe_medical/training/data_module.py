@@ -22,11 +22,12 @@ from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.loss import sequences_of
 from moe_medical.evaluation.packing_check import why_not_packed
+from moe_medical.planning.sample_sizes import SampleSizes, mixture_sizes, task_sizes
 
 _LOG = logging.getLogger(__name__)
 
 
-class Feed:
+class DataModule:
     """What a run trains on.
 
     Attributes:
@@ -72,6 +73,11 @@ class Feed:
     def loader(self, batches: TrainingBatches, pin: bool) -> Loader:
         """The same, made ready in the background."""
         return Loader(batches, self._data.workers, self._data.prefetch_steps, pin)
+
+    def sample_sizes(self) -> SampleSizes:
+        """How many tokens the samples of the whole run have, estimated."""
+        sizes = [task_sizes(task, self.chat) for task in self.tasks]
+        return mixture_sizes(sizes, self.samples(self._training.steps).tolist())
 
     def repeats(self, done: int) -> np.ndarray:
         """Epochs of each task in the first `done` steps, shape (tasks,)."""

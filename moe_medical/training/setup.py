@@ -1,16 +1,14 @@
-"""From a located base model to an engine: base, adapters, exchange, activation checkpointing, DeepSpeed."""
+"""What a run is made of: the engine with its adapted model, and the callbacks."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_medical.adapters.layer import MoloraLinear
 from moe_medical.adapters.model import attach_adapters, routed_layers
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.adapters.warm_start import start_from
@@ -18,11 +16,22 @@ from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed import read_deepspeed, zero_stage
 from moe_medical.config.presets import lasting_sources
+from moe_medical.data.loader import Loader
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group
-from moe_medical.distributed.expert_parallel import connect_experts
+from moe_medical.distributed.expert_parallel import Chooser, connect_experts
 from moe_medical.distributed.sharded_base import load_base_for_engine
 from moe_medical.distributed.topology import Topology
+from moe_medical.training.callback import Callback
+from moe_medical.training.callbacks import guard, mixing, step_log
+from moe_medical.training.callbacks.conflict import ConflictProbe, Conflicts
+from moe_medical.training.callbacks.routing import Routing
+from moe_medical.training.callbacks.seesaw import Seesaw
+from moe_medical.training.callbacks.task_losses import TaskLosses
+from moe_medical.training.data_module import DataModule
+from moe_medical.training.router_losses import RouterLosses
+from moe_medical.training.run_log import RunLog
+from moe_medical.training.step import TaskFactors
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,7 +41,7 @@ def assemble(
     base: BaseModel,
     adapters: MoloraConfig,
     topology: Topology,
-    choose_exchange: Callable[[Mapping[str, MoloraLinear]], str],
+    choose_exchange: Chooser,
     began: bool = False,
 ) -> tuple[Engine, RoutingContext]:
     """Load, adapt and distribute a model. Collective: every rank must call.
@@ -77,3 +86,28 @@ def _compile_blocks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)  # rows differ in length
+
+
+def build_callbacks(
+    config: RunConfig,
+    data: DataModule,
+    adapters: MoloraConfig,
+    engine: Engine,
+    context: RoutingContext,
+    loader: Loader,
+    factors: TaskFactors,
+    router_losses: RouterLosses,
+    log: RunLog,
+) -> list[Callback]:
+    """All that looks at a run, in the order in which it is called; one that reads another comes after it."""
+    topology, names = engine.topology, [task.name for task in data.tasks]
+    losses = TaskLosses(len(names), (step_log.READER, mixing.READER, guard.READER), topology)
+    seesaw = Seesaw(config, data.tasks, log)
+    callbacks: list[Callback] = [losses, seesaw]
+    if config.training.guard.action != "none":
+        callbacks.append(guard.Guard(config, data, factors, seesaw, losses, topology, log))
+    callbacks.append(mixing.Mixing(config, data, engine, context, losses, log))
+    callbacks.append(step_log.StepLog(config, data, loader, topology, losses, router_losses))
+    routing = Routing(config, adapters, names, engine, context, log)
+    probe = ConflictProbe(config, data.tasks, data.chat, engine, context)
+    return [*callbacks, routing, Conflicts(config, probe, routing, log)]

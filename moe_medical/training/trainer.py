@@ -1,16 +1,15 @@
 """A run from its config to its adapter: restore, evaluate, train, evaluate, save.
 
 Every rank runs this; the main rank alone writes files, logs and shows progress. What a step trains on is a
-function of (config, step), so a resume needs the checkpoint and nothing else.
+function of (config, step), so a resume needs the checkpoint and nothing else. A step itself is `TrainStep`'s;
+what looks at it, and what is done about a task, are callbacks.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,29 +20,24 @@ from moe_medical.adapters.model import frozen_parameters
 from moe_medical.adapters.warm_start import with_labels
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.config import RunConfig, resolve_adapters
-from moe_medical.config.schema import Exchange
-from moe_medical.console import ProgressLine, progress_line
-from moe_medical.data.loader import Loader
+from moe_medical.console import progress_line
 from moe_medical.data.tasks import TaskData
+from moe_medical.distributed.expert_parallel import Chooser
 from moe_medical.distributed.state import gather_parameters, gather_state, load_state, parameter_shapes
-from moe_medical.distributed.topology import Topology, peak_memory_gib
+from moe_medical.distributed.topology import Topology
 from moe_medical.errors import CheckpointMissingError, ConfigError, DataError, PreemptedError, Problem
-from moe_medical.evaluation.evaluate import Evaluation
-from moe_medical.planning.layout_plan import SizedLinear, exchange_chooser
+from moe_medical.evaluation.evaluate import Evaluation, Evaluator
+from moe_medical.planning.layout_plan import exchange_chooser
 from moe_medical.planning.preflight import check_context
-from moe_medical.planning.sample_sizes import mixture_sizes, task_sizes
-from moe_medical.tracking.meters import SpeedMeter, TaskMeter
-from moe_medical.tracking.sinks import Sinks, open_sinks
+from moe_medical.tracking.sinks import open_sinks
 from moe_medical.training.checkpoint import Checkpoint, CheckpointFolder, check_same_tensors
-from moe_medical.training.data_module import Feed, agreed_batching
-from moe_medical.training.guarding import Guarding
-from moe_medical.training.identity import identify
-from moe_medical.training.mixing import Mixing
-from moe_medical.training.observer import Observer
+from moe_medical.training.data_module import DataModule, agreed_batching
+from moe_medical.training.fingerprint import run_fingerprint
 from moe_medical.training.router_losses import RouterLosses
 from moe_medical.training.run_folder import RunFolder
-from moe_medical.training.setup import assemble
-from moe_medical.training.step import StepResult, StopAsked, TaskFactors, TrainStep
+from moe_medical.training.run_log import RunLog
+from moe_medical.training.setup import assemble, build_callbacks
+from moe_medical.training.step import StopAsked, TaskFactors, TrainStep
 from moe_medical.training.stopping import StopFlag
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +58,15 @@ class RunResult:
 
 
 class Trainer:
-    """One rank of a run. Collective throughout: every rank must make the same calls."""
+    """One rank of a run. Collective throughout: every rank must make the same calls.
+
+    Args:
+        config: The run.
+        topology: This process among all.
+
+    Raises:
+        MoeMedicalError: the run cannot be started, or must not be resumed.
+    """
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
@@ -72,30 +74,45 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
         self.base = locate_base(config.model)
         check_context(config, self.base)
-        self.feed = Feed(config, self.base)
-        self.tasks = self.feed.tasks
+        self.data = DataModule(config, self.base)
+        self.tasks = self.data.tasks
         self.adapters = with_labels(resolve_adapters(config.adapters, len(self.tasks)), config.adapters)
-        self.identity = identify(config, self.base, self.adapters, self.tasks, self.feed.plan)
-        began = self._found_step() is not None
+        self.fingerprint = run_fingerprint(config, self.base, self.adapters, self.tasks, self.data.plan)
+        self._found_step = self._find_checkpoint()
+
+        began = self._found_step is not None
         self.engine, self.context = assemble(
-            config, self.base, self.adapters, topology, lambda members: self._choose_exchange(members), began
+            config, self.base, self.adapters, topology, self._exchange_chooser(), began
+        )
+        batching = agreed_batching(config.data.batching, self.engine, self.context)
+        self.batches = self.data.batches(topology, batching)
+        self.loader = self.data.loader(self.batches, pin=topology.device.type == "cuda")
+        self.evaluator = Evaluator(
+            self.tasks,
+            self.data.chat,
+            config.evaluation,
+            topology,
+            self.engine.needs_equal_forwards,
+            self.context,
         )
         over, names = config.training.balance_over, [task.name for task in self.tasks]
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over, names)
         self.factors = TaskFactors(config, self.engine, self.context, len(self.tasks))
-        self.mixing = Mixing(config, self.feed, self.engine, self.context)
-        batching = agreed_batching(config.data.batching, self.engine, self.context)
-        self.batches = self.feed.batches(topology, batching)
-        self.guarding = Guarding(config.training.guard, self.feed, topology)
         self.stop = StopFlag()
-        self.meter = TaskMeter([t.name for t in self.tasks])
-        self.speed = SpeedMeter()
-        self.tokens_seen = self.truncated = 0
-        self.sinks = Sinks()
-        what = (self.feed, self.adapters, self.engine, self.context)
-        self.observer = Observer(config, *what, self.folder, self.sinks)
+        self.log = RunLog(self.folder, topology.is_main)
+        self.callbacks = build_callbacks(
+            config,
+            self.data,
+            self.adapters,
+            self.engine,
+            self.context,
+            self.loader,
+            self.factors,
+            self.router_losses,
+            self.log,
+        )
         self.train_step = TrainStep(
-            config, self.engine, self.context, self.factors, self.router_losses, [self.observer]
+            config, self.engine, self.context, self.factors, self.router_losses, self.callbacks
         )
 
     def run(self) -> RunResult:
@@ -109,93 +126,89 @@ class Trainer:
             try:
                 first = self._restore()
                 self._open_outputs(first)
-                before = self._evaluation_at(0, "evaluating before")
+                before = self.evaluate(0, "evaluating before")
                 last = self._train_from(first)
                 self._save_checkpoint(last)
-                after = self._evaluation_at(last, "evaluating after", act=False)
+                after = self.evaluate(last, "evaluating after")
                 self._save_adapter(last)
                 exit_code = 0
             except PreemptedError as e:
                 exit_code = e.exit_code
                 raise
             finally:
-                self.sinks.close(exit_code)
-        samples = self.feed.samples(last)
-        changes = self.identity.accepted_changes
+                self.log.sinks.close(exit_code)
+        samples = self.data.samples(last)
+        changes = self.fingerprint.accepted_changes
         return RunResult(self.folder, self.tasks, before, after, samples, changes)
 
     # Setting up
 
-    @cached_property
-    def _choose_exchange(self) -> Callable[[Mapping[str, SizedLinear]], Exchange]:
-        counts = self.feed.samples(self.config.training.steps)
-        sizes = mixture_sizes([task_sizes(task, self.feed.chat) for task in self.tasks], counts.tolist())
-        ranks = self.topology.world_size
-        return exchange_chooser(self.config, self.adapters, sizes, ranks)
+    def _exchange_chooser(self) -> Chooser:
+        """What `parallel.exchange` means for layers that share an input; measuring samples takes a while."""
+        parallel = self.config.parallel
+        if parallel.ep_size > 1 and parallel.exchange == "auto":
+            sizes = self.data.sample_sizes()
+            return exchange_chooser(self.config, self.adapters, sizes, self.topology.world_size)
+        return lambda members: parallel.exchange
 
     def _open_outputs(self, first: int) -> None:
         if self.topology.is_main:
-            self._write_from(first)
+            self.folder.forget_after(first or -1)  # a fresh start keeps nothing, not even step 0
+            self._announce(first)
+            self.folder.create(self.config)
+            self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
+            self.log.sinks += open_sinks(self.config, self.folder.root, first)
         self.topology.barrier()  # nobody reads an evaluation that is about to be forgotten
-        self.observer.replay(first)
-
-    def _write_from(self, first: int) -> None:
-        last = first or -1  # a fresh start keeps nothing, not even step 0
-        self.folder.forget_after(last)
-        self._announce(first)
-        self.folder.create(self.config)
-        self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
-        self.sinks += open_sinks(self.config, self.folder.root, first)
+        for callback in self.callbacks:
+            callback.start(first)
 
     def _announce(self, first: int) -> None:
         trainable = sum(math.prod(shape) for shape in parameter_shapes(self.engine).values())
-        where = f"{self.topology.world_size} ranks ({self.topology.source}) on {self.topology.device.type}"
-        _LOG.info("%s: %s, ZeRO-%d", self.config.run.name, where, self.engine.stage)
+        ranks = f"{self.topology.world_size} ranks ({self.topology.source}) on {self.topology.device.type}"
+        _LOG.info("%s: %s, ZeRO-%d", self.config.run.name, ranks, self.engine.stage)
         steps, batch = self.config.training.steps, self.config.training.global_batch
         _LOG.info("%d tasks, %s trainable parameters", len(self.tasks), f"{trainable:,}")
         _LOG.info("steps %d to %d of %d samples each; writing to %s", first, steps, batch, self.folder.root)
 
     # Checkpoints
 
+    def _find_checkpoint(self) -> int | None:
+        """Step of the newest checkpoint, None where the run is new and may be."""
+        root = self.folder.checkpoints
+        # The main rank looks and all ranks are told: two of them must not load different steps.
+        found = self.checkpoints.recover() if self.topology.is_main else None
+        step = int(self.topology.from_main(np.array(-1 if found is None else found)))
+        if step >= 0:
+            return step
+        if self.config.checkpoint.resume == "must":
+            raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
+        if any(root.glob("step-*.corrupt-*")):
+            raise CheckpointMissingError(
+                f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
+            )
+        return None
+
     def _restore(self) -> int:
-        """Bring back the newest checkpoint; returns the step to go on with, 0 for a fresh start."""
-        step = self._found_step()
+        """Bring back the checkpoint that was found; returns the step to go on with, 0 for a fresh start."""
+        step = self._found_step
         if step is None:
             _LOG.info("no checkpoint in %s: starting at step 0", self.folder.checkpoints)
             return 0
         self._check_wanted(step)
         checkpoint = self.checkpoints.load(step)
+        state = checkpoint.state
         self._check_resumable(checkpoint)
         load_state(self.engine, checkpoint.trainable)
-        self.tokens_seen = int(checkpoint.state["tokens"])
-        self.truncated = int(checkpoint.state["truncated"])
-        self.factors.load_state(checkpoint.state["task_weights"])
-        self.mixing.restore(checkpoint.state["mixture"])
-        self.guarding.restore(checkpoint.state["guard"])
-        if self.topology.is_main:
-            self.meter.sums = np.array(checkpoint.state["meter"])
+        self.log.tokens = int(state["tokens"])
+        self.factors.load_state(state["task_weights"])
+        for callback in self.callbacks:
+            if callback.name in state["callbacks"]:
+                callback.load_state(state["callbacks"][callback.name])
         _LOG.info("resumed at step %d of %d", step, self.config.training.steps)
         if self.topology.is_main:
-            for change in self.identity.accepted_changes:
+            for change in self.fingerprint.accepted_changes:
                 _LOG.warning("accepted: %s", change)
         return step
-
-    def _found_step(self) -> int | None:
-        """Step of the newest checkpoint, None where the run is new and may be."""
-        step, root = self._agreed_newest_step(), self.folder.checkpoints
-        if step is None and self.config.checkpoint.resume == "must":
-            raise CheckpointMissingError(f"checkpoint.resume=must, but {root} has no valid checkpoint")
-        if step is None and any(root.glob("step-*.corrupt-*")):
-            raise CheckpointMissingError(
-                f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
-            )
-        return step
-
-    def _agreed_newest_step(self) -> int | None:
-        """The main rank looks, all ranks hear: two of them must not load different steps."""
-        found = self.checkpoints.newest_step() if self.topology.is_main else None
-        told = self.topology.sum(np.array([0.0 if found is None else found + 1.0]))[0]
-        return int(told) - 1 if told else None
 
     def _check_wanted(self, step: int) -> None:
         problems = []
@@ -211,25 +224,21 @@ class Trainer:
     def _check_resumable(self, checkpoint: Checkpoint) -> None:
         check_same_tensors(checkpoint, parameter_shapes(self.engine))
         accept = self.config.checkpoint.accept_data_change
-        self.identity = self.identity.check_resumes(checkpoint.state["identity"], accept)
+        self.fingerprint = self.fingerprint.check_resumes(checkpoint.state["fingerprint"], accept)
         if self.folder.read_evaluation(0) is None:
             lost = self.folder.evaluation(0)
             raise DataError(f"{lost} is lost and cannot be made again. Restore it or use a new run.name.")
 
     def _save_checkpoint(self, step: int) -> None:
         trainable = gather_state(self.engine, step)
-        self._move_meter_to_main()
-        mixture, guard = self.mixing.state(step), self.guarding.state()
+        callbacks = {callback.name: callback.state(step) for callback in self.callbacks if callback.name}
         if self.topology.is_main:
             state = {
                 "samples": step * self.config.training.global_batch,
-                "tokens": self.tokens_seen,
-                "truncated": self.truncated,
-                "meter": self.meter.sums.tolist(),
+                "tokens": self.log.tokens,
                 "task_weights": self.factors.state(),
-                "mixture": mixture,
-                "guard": guard,
-                "identity": self.identity.to_json(),
+                "fingerprint": self.fingerprint.to_json(),
+                "callbacks": callbacks,
             }
             layout = {
                 "world_size": self.topology.world_size,
@@ -239,97 +248,47 @@ class Trainer:
             self.checkpoints.save(Checkpoint(trainable, state), layout)
         self.topology.barrier()
 
-    def _move_meter_to_main(self) -> None:
-        """What was measured since the last log line goes into the checkpoint as one sum."""
-        self.meter.reduce(self.topology.sum)
-        if not self.topology.is_main:
-            self.meter.reset()
-
     # Training
 
     def _train_from(self, first: int) -> int:
-        """Train on; the step that was reached, the last one unless the guard ends the run before."""
-        training = self.config.training
-        on_gpu = self.topology.device.type == "cuda"
-        with (
-            progress_line("training", training.steps, self.topology.is_main) as progress,
-            self.feed.loader(self.batches, pin=on_gpu) as loader,
-        ):
+        """Train on; the step that was reached, the last one unless a callback ends the run before."""
+        steps = self.config.training.steps
+        with progress_line("training", steps, self.topology.is_main) as progress, self.loader:
             progress.advance(first)
-            for step in range(first, training.steps):
-                if self._due(self.config.evaluation.every_steps, step):
-                    scores = self.config.evaluation.scores == "always"
-                    self._evaluation_at(step, f"evaluating at step {step}", scores)
-                if not self.guarding.stopped:
-                    self._decide_mixture(step)
-                if self.guarding.stopped:
+            for step in range(first, steps):
+                self._evaluate_where_due(step)
+                if any(callback.ends_run for callback in self.callbacks):
                     return step
-                self.speed.restart()
-                self._one_step(step, loader, progress)
+                row = self._one_step(step)
+                note = (
+                    f"loss {row['loss']:.3f}  {row['tokens_per_second']:.0f} tokens/s"
+                    if "loss" in row
+                    else ""
+                )
+                progress.advance(1, note)
                 if self._due(self.config.checkpoint.every_steps, step + 1):
                     self._save_checkpoint(step + 1)
-        return training.steps
+        return steps
 
-    def _decide_mixture(self, done: int) -> None:
-        label = f"evaluating at step {done}"
-        decision = self.mixing.step_done(done, lambda: self._evaluation_at(done, label, scores=False))
-        if decision is not None and self.topology.is_main:
-            self.observer.tell_decisions([decision], self.tokens_seen)
-
-    def _due(self, every: int, done: int) -> bool:
-        return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
-
-    def _one_step(self, step: int, loader: Loader, progress: ProgressLine) -> None:
-        self.factors.guard_T = self.guarding.factors_T
-        self.observer.before_step(step)
-        batches = loader.take(step, self.config.training.steps)
+    def _one_step(self, step: int) -> dict[str, float]:
+        """One step with all that looks at it; the series that it has logged."""
+        for callback in self.callbacks:
+            callback.before_step(step)
+        batches = self.loader.take(step, self.config.training.steps)
         try:
             result = self.train_step(step, batches, self.stop.asked)
         except StopAsked:
             self._stop_at(step)
-        counts = result.counts
-        self.tokens_seen += counts.all_tokens
-        self.meter.sums += result.task_sums.T
-        self.mixing.add(result.task_sums)
-        self.guarding.add(result.task_sums)
-        self.truncated += counts.truncated
-        self.speed.step(counts.all_tokens, counts.positions, loader.waited())
-        note = ""
-        is_last = result.done == self.config.training.steps
-        if result.done % self.config.tracking.log_every_steps == 0 or is_last:
-            note = self._note(self._log_step(result))
-        self.observer.step_done(result.done, self.tokens_seen)
-        progress.advance(1, note)
+        self.log.tokens += result.counts.all_tokens
+        row: dict[str, float] = {}
+        for callback in self.callbacks:
+            row |= callback.after_step(result)
+        self.log.row(row, result.done)
+        return row
 
-    def _log_step(self, result: StepResult) -> float:
-        self.meter.reduce(self.topology.sum)
-        rows = self.meter.rows
-        samples = sum(r.samples for r in rows.values())
-        loss = sum(r.loss * r.samples for r in rows.values()) / samples
-        values = {f"train_loss/{task}": row.loss for task, row in rows.items()}
-        values |= {
-            "loss": loss,
-            "tokens": self.tokens_seen,
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "step_seconds": self.speed.last_step_seconds,
-            "tokens_per_second": self.speed.tokens_per_second,
-            "health/useful_positions": self.speed.useful_positions,
-            "health/data_wait_seconds": self.speed.data_wait_seconds,
-            "health/truncated_prompts": self.truncated,
-            "health/memory_gib": peak_memory_gib(self.topology.device),
-        }
-        values |= {f"router_loss/{name}": value for name, value in self.router_losses.values().items()}
-        values |= self.feed.shares(result.done)
-        if (result.factors_T != 1).any():
-            factors = zip(self.tasks, result.factors_T.tolist(), strict=True)
-            values |= {f"loss_weight/{task.name}": factor for task, factor in factors}
-        self.sinks.log(values, result.done)
-        self.meter.reset()
-        return loss
-
-    def _note(self, loss: float) -> str:
-        return f"loss {loss:.3f}  {self.speed.tokens_per_second:.0f} tokens/s"
+    def _due(self, every: int, done: int) -> bool:
+        """Whether it is due in the middle of the run; its ends are seen to by `run`."""
+        return every > 0 and done % every == 0 and 0 < done < self.config.training.steps
 
     def _stop_at(self, step: int) -> NoReturn:
         if step > 0:
@@ -338,18 +297,55 @@ class Trainer:
             f"stopped after step {step} of {self.config.training.steps}; run the same command to go on"
         )
 
-    # Results
+    # Evaluations
 
-    def _evaluation_at(self, step: int, label: str, scores: bool = True, act: bool = True) -> Evaluation:
-        def poll() -> None:
-            if self.topology.sum(np.array([float(self.stop.asked)]))[0]:
-                self._stop_at(step)
+    def _evaluate_where_due(self, step: int) -> None:
+        label, section = f"evaluating at step {step}", self.config.evaluation
+        if self._due(section.every_steps, step):
+            self.evaluate(step, label, section.scores == "always")
+        elif any(callback.wants_evaluation(step) for callback in self.callbacks):
+            self.evaluate(step, label, scores=False)
 
-        evaluation = self.observer.evaluate(step, label, self.tokens_seen, poll, scores)
-        decisions = self.guarding.look(step, self.observer.seen) if act else ()
-        if self.topology.is_main:
-            self.observer.tell_decisions(decisions, self.tokens_seen)
+    def evaluate(self, step: int, label: str, scores: bool = True) -> Evaluation:
+        """The evaluation after `step` steps, which all callbacks see.
+
+        A resumed run reads it back instead of repeating it.
+
+        Args:
+            step: Optimizer steps done.
+            label: Of the progress line.
+            scores: Whether answers are made and scored too.
+
+        Raises:
+            PreemptedError: a signal asked to stop.
+        """
+        evaluation = self.folder.read_evaluation(step)
+        if evaluation is not None and scores and self.evaluator.makes_scores:
+            evaluation = evaluation if evaluation.macro_score is not None else None
+        # All ranks read it back, or none: measuring is collective.
+        is_new = self.topology.sum(np.array(evaluation is not None)) < self.topology.world_size
+        if evaluation is None or is_new:
+            evaluation = self._measure(step, label, scores)
+        for callback in self.callbacks:
+            callback.after_evaluation(evaluation, bool(is_new))
+        if is_new:  # the file comes last: where it is, its series are
+            if self.topology.is_main:
+                self.folder.write_evaluation(evaluation)
+            self.topology.barrier()
         return evaluation
+
+    def _measure(self, step: int, label: str, scores: bool) -> Evaluation:
+        total = self.evaluator.num_batches(scores)
+        with progress_line(label, total, self.topology.is_main) as progress:
+
+            def advance() -> None:
+                progress.advance()
+                if self.topology.sum(np.array(self.stop.asked)):
+                    self._stop_at(step)
+
+            return self.evaluator.run(self.engine.module, step, advance, scores)
+
+    # The result
 
     def _save_adapter(self, steps: int) -> None:
         state = gather_parameters(self.engine)

@@ -25,7 +25,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint, Fingerprinter, fingerprint_file
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.errors import DataError
-from moe_medical.training.identity import RunIdentity, identify
+from moe_medical.training.fingerprint import RunFingerprint, run_fingerprint
 
 DAY_NS = 86_400 * 10**9
 
@@ -172,16 +172,16 @@ def _edit(folder: Path, task: str, **keys: Any) -> None:
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
 
 
-def _identity(folder: Path, *overrides: str) -> RunIdentity:
+def _identity(folder: Path, *overrides: str) -> RunFingerprint:
     config = load_config(folder / "run.yaml", overrides)
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     plan = build_plan(tasks, config.data, config.run.seed, 48)
-    return identify(config, base, resolve_adapters(config.adapters), tasks, plan)
+    return run_fingerprint(config, base, resolve_adapters(config.adapters), tasks, plan)
 
 
-def _saved(identity: RunIdentity) -> dict[str, Any]:
+def _saved(identity: RunFingerprint) -> dict[str, Any]:
     """What a checkpoint gives back."""
     return json.loads(json.dumps(identity.to_json()))
 

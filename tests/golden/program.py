@@ -42,7 +42,7 @@ def record(folder: Path, order: list[str]) -> dict[str, Any]:
     """What is to stay as it is of a finished run.
 
     Returns:
-        `order`: samples of each step. `series`: name -> [step, value] in the order of the file.
+        `order`: samples of each step. `series`: name -> [step, value], `once_a_step`.
         `decisions`: of guard and mixture. `norms`: of each adapter tensor. `digests`: of each adapter tensor
         and, as `optimizer`, of the optimizer's state. `keys`: file or kind of file -> the keys in it.
     """
@@ -66,7 +66,15 @@ def _series(path: Path) -> dict[str, list[list[Any]]]:
     for row in _lines(path):
         for name in sorted(row.keys() - TIMINGS - {"step"}):
             series.setdefault(name, []).append([row["step"], row[name]])
-    return series
+    return once_a_step(series)
+
+
+def once_a_step(series: dict[str, list[list[Any]]]) -> dict[str, list[list[Any]]]:
+    """Series without what a step tells again: it may have one row in the log or several."""
+    return {
+        name: [entry for before, entry in zip([None, *entries], entries, strict=False) if entry != before]
+        for name, entries in series.items()
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

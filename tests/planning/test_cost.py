@@ -387,7 +387,7 @@ def _measure(run: str, cells: list[list[Any]]) -> list[dict[str, Any]]:
         config = load_config(run, overrides)
         trainer = Trainer(config, start_distributed(config.parallel))
         if evaluate:
-            trainer.observer.evaluator.run(trainer.engine.module, 0, lambda: None)
+            trainer.evaluator.run(trainer.engine.module, 0, lambda: None)
         for number in range(2):
             step(trainer, number)
         with CollectiveBytes() as traffic:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_keep_prunes_the_oldest_and_stale_drafts(folder: CheckpointFolder) -> No
 
 
 def test_no_folder_is_no_checkpoint(folder: CheckpointFolder) -> None:
-    assert folder.newest_step() is None
+    assert folder.recover() is None
 
 
 # Killed or refused in the middle of a save
@@ -125,7 +127,7 @@ def test_a_kill_at_any_file_operation_leaves_a_valid_checkpoint(tmp_path: Path) 
         folder = CheckpointFolder(tmp_path / f"killed-{operation}", keep=2)
         shutil.copytree(original.root, folder.root)
         died = _save_dying_at(folder, operation)
-        found.append(folder.newest_step())
+        found.append(folder.recover())
         assert _set_aside(folder) == []
         assert folder.load(found[-1] or 0).trainable.step == found[-1]
         _save(folder, 8)  # the next save works and sweeps up
@@ -151,7 +153,7 @@ def test_a_refusing_disk_leaves_the_older_one(
     with pytest.raises(StorageError, match=r"No space left on device.*Last good step: 4"):
         _save(folder, 6)
     monkeypatch.undo()
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
     assert sorted(p.name for p in folder.root.glob("step-*")) == ["step-00000002", "step-00000004"]
 
 
@@ -181,11 +183,11 @@ def test_a_damaged_file_is_stepped_over(
             "longer": content + b"x",
         }
         path.write_bytes(broken[damage])
-    assert folder.newest_step() == 2
+    assert folder.recover() == 2
     assert _set_aside(folder) == ["00000004.corrupt"]
-    assert folder.newest_step() == 2
+    assert folder.recover() == 2
     assert _save(folder, 4)[0].is_dir()  # its place is free again
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
 
 
 @pytest.mark.parametrize("name", FILES[1:])
@@ -195,7 +197,7 @@ def test_one_flipped_bit_anywhere_is_noticed(name: str, folder: CheckpointFolder
         copy = CheckpointFolder(folder.root.with_name(f"flipped-{position}"), keep=2)
         shutil.copytree(folder.root, copy.root)
         _flip(copy.root / saved.name / name, position)
-        assert copy.newest_step() == 2, position
+        assert copy.recover() == 2, position
 
 
 MANIFESTS = {
@@ -215,20 +217,20 @@ MANIFESTS = {
 def test_a_wrong_manifest_is_damage(case: str, folder: CheckpointFolder, saved: Path) -> None:
     path, change = saved / "MANIFEST.json", MANIFESTS[case]
     path.write_text(json.dumps(json.loads(path.read_text()) | change if change else change))
-    assert folder.newest_step() == 2
+    assert folder.recover() == 2
     assert _set_aside(folder) == ["00000004.corrupt"]
 
 
 def test_a_renamed_checkpoint_is_damage(folder: CheckpointFolder, saved: Path) -> None:
     saved.rename(saved.with_name("step-00000006"))
-    assert folder.newest_step() == 2
+    assert folder.recover() == 2
     assert _set_aside(folder) == ["00000006.corrupt"]
 
 
 def test_all_damaged_is_no_checkpoint(folder: CheckpointFolder, saved: Path) -> None:
     for step in ("step-00000002", "step-00000004"):
         (folder.root / step / "state.json").unlink()
-    assert folder.newest_step() is None
+    assert folder.recover() is None
     assert sorted(_set_aside(folder)) == ["00000002.corrupt", "00000004.corrupt"]
 
 
@@ -238,23 +240,92 @@ def test_the_pointer_does_not_matter(pointer: str | None, folder: CheckpointFold
     latest.unlink()
     if pointer is not None:
         latest.write_text(pointer)
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
 
 
 @pytest.mark.parametrize("name", ["step-²", "step-4", "step-", "step-00000009.bak", "steps", "step-0000000٤"])
 def test_other_names_are_left_alone(name: str, folder: CheckpointFolder, saved: Path) -> None:
     (folder.root / name).mkdir()
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
     assert (folder.root / name).is_dir()
 
 
 def test_a_newer_format_is_refused_and_kept(folder: CheckpointFolder, saved: Path) -> None:
     path = saved / "MANIFEST.json"
-    path.write_text(json.dumps({"format_version": 2, "layers": "as nobody knows yet"}))
-    with pytest.raises(DataError, match=r"step-00000004 has format 2; this version reads 1"):
-        folder.newest_step()
+    path.write_text(json.dumps({"format_version": 3, "layers": "as nobody knows yet"}))
+    with pytest.raises(DataError, match=r"step-00000004 has format 3; this version reads 2"):
+        folder.recover()
     assert saved.is_dir()
     assert _set_aside(folder) == []
+
+
+OLD_STATE: dict[str, Any] = {
+    "samples": 32,
+    "tokens": 900,
+    "truncated": 3,
+    "meter": [[1.5, 6.0, 2.0], [0.5, 4.0, 1.0]],
+    "task_weights": {},
+    "mixture": {"plan": {"seed": 1}, "rule": None, "sums": [[1.0, 2.0], [3.0, 4.0]], "evaluations": {}},
+    "guard": {
+        "guard": {"weight": [0.5, 1.0]},
+        "factors": [0.5, 1.0],
+        "looked": 2,
+        "stopped": False,
+        "sums": [[5.0, 6.0], [7.0, 8.0]],
+    },
+    "identity": {"version": 2},
+}
+"""Of format 1, in which what looked at a run had keys and sums of its own."""
+
+
+def test_a_checkpoint_of_format_1_is_read(folder: CheckpointFolder) -> None:
+    (saved,) = _save(folder, 4)
+    _rewrite_as_format_1(saved, OLD_STATE)
+    assert folder.recover() == 4
+    assert folder.load(4).state == {
+        "step": 4,
+        "samples": 32,
+        "tokens": 900,
+        "task_weights": {},
+        "fingerprint": {"version": 2},
+        "callbacks": {
+            "task_losses": {
+                "log": [[1.5, 0.5], [6.0, 4.0], [2.0, 1.0]],
+                "mixture": [[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]],
+                "guard": [[5.0, 6.0], [7.0, 8.0], [0.0, 0.0]],
+            },
+            "step_log": {"truncated": 3},
+            "mixture": {"plan": {"seed": 1}, "rule": None, "evaluations": {}},
+            "guard": {
+                "guard": {"weight": [0.5, 1.0]},
+                "factors": [0.5, 1.0],
+                "probed": 2,
+                "stopped": False,
+            },
+        },
+    }
+
+
+def test_without_a_guard_format_1_has_no_state_of_one(folder: CheckpointFolder) -> None:
+    (saved,) = _save(folder, 4)
+    _rewrite_as_format_1(saved, {**OLD_STATE, "guard": {**OLD_STATE["guard"], "guard": None}})
+    assert "guard" not in folder.load(4).state["callbacks"]
+
+
+def _rewrite_as_format_1(saved: Path, state: dict[str, Any]) -> None:
+    (saved / "state.json").write_text(json.dumps({"step": 4, **state}))
+    manifest = json.loads((saved / "MANIFEST.json").read_text())
+    content = (saved / "state.json").read_bytes()
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest |= {"format_version": 1, "files": manifest["files"] | {"state.json": entry}}
+    (saved / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_looking_for_the_newest_changes_nothing(folder: CheckpointFolder, saved: Path) -> None:
+    (saved / "state.json").write_text("damaged")
+    names = sorted(path.name for path in folder.root.iterdir())
+    assert folder.newest_step() == 2
+    assert sorted(path.name for path in folder.root.iterdir()) == names
 
 
 def test_other_tensors_are_refused_by_name(folder: CheckpointFolder) -> None:
@@ -288,7 +359,7 @@ def test_pickles_in_the_folder_are_never_opened(
     for name in ("mp_rank_00_model_states.pt", "optimizer.pt", "rng.pkl", "adapters.safetensors.bin"):
         (saved / name).write_bytes(planted)
         (folder.root / name).write_bytes(planted)
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
     folder.load(4)
     _save(folder, 6, 8)
     for name in FILES[1:]:  # and in the place of a file that is opened: a wrong hash
@@ -309,7 +380,7 @@ def test_names_in_a_manifest_are_not_followed(folder: CheckpointFolder, saved: P
     for name in ("../../outside", str(tmp_path / "outside")):
         manifest["files"] = {name: {"sha256": "0" * 64, "bytes": 0}, **manifest["files"]}
     path.write_text(json.dumps(manifest))
-    assert folder.newest_step() == 4
+    assert folder.recover() == 4
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -37,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _probe(trainer: Any) -> Any:
-    from moe_medical.training.conflict_probe import ConflictProbe
+    from moe_medical.training.callbacks.conflict import ConflictProbe
 
-    where = (trainer.feed.chat, trainer.engine, trainer.context)
+    where = (trainer.data.chat, trainer.engine, trainer.context)
     return ConflictProbe(trainer.config, trainer.tasks, *where)
 
 
@@ -64,7 +64,7 @@ def _sketches(run: str) -> dict[str, Any]:
 
     topology = start_distributed(load_config(run).parallel)
     trainer = _trained(start(Layout(), run, topology, ["adapters.dropout=0"]))
-    batches = probe_batches(trainer.tasks, trainer.feed.chat, topology, 0, 4, 2)
+    batches = probe_batches(trainer.tasks, trainer.data.chat, topology, 0, 4, 2)
     where = (trainer.engine, trainer.context, batches, 2, 0)
     grams = [probe_gram(*where), *(probe_gram(*where, sketch=Sketch(SIZE, seed)) for seed in range(SEEDS))]
     found = [Conflict.of(gram, "ab", SIZE) for gram in grams]
@@ -184,17 +184,17 @@ def test_rows_are_dealt_to_ranks_whole_and_once(run: Path) -> None:
     from moe_medical.base_model import locate_base
     from moe_medical.config import load_config
     from moe_medical.distributed.topology import Topology
-    from moe_medical.training.data_module import Feed
+    from moe_medical.training.data_module import DataModule
     from moe_medical.training.task_gradients import probe_batches
 
     config = load_config(str(run))
-    feed = Feed(config, locate_base(config.model))
+    data = DataModule(config, locate_base(config.model))
 
     def rows(world: int, done: int, count: int, micro_batch: int) -> list[tuple[int, ...]]:
         found = []
         for rank in range(world):
             topology = Topology(rank, world, torch.device("cpu"), "test")
-            for batch in probe_batches(feed.tasks, feed.chat, topology, done, count, micro_batch):
+            for batch in probe_batches(data.tasks, data.chat, topology, done, count, micro_batch):
                 assert len(batch.input_ids_BS) <= micro_batch
                 assert len(set(batch.task_ids_BS.flatten().tolist())) == 1
                 for ids, mask, task in zip(
@@ -208,14 +208,14 @@ def test_rows_are_dealt_to_ranks_whole_and_once(run: Path) -> None:
     assert rows(2, 2, 5, 2) == rows(3, 2, 5, 4) == rows(16, 2, 5, 1) == alone
     assert rows(1, 3, 5, 8) != alone
     everything = rows(2, 7, 1000, 8)
-    assert len(everything) == sum(len(task.train) for task in feed.tasks), "no row twice"
+    assert len(everything) == sum(len(task.train) for task in data.tasks), "no row twice"
 
 
 # Where it cannot look
 
 
 def test_what_cannot_be_looked_at_says_why(run: Path) -> None:
-    from moe_medical.training.conflict_probe import ConflictProbe
+    from moe_medical.training.callbacks.conflict import ConflictProbe
 
     nothing: Any = None
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_looked_at_says_why(run: Path) -> None:
 
 
 def test_a_look_where_it_cannot_is_refused(run: Path) -> None:
-    from moe_medical.training.conflict_probe import ConflictProbe
+    from moe_medical.training.callbacks.conflict import ConflictProbe
 
     nothing: Any = None
     config = Layout(zero=3).configured(str(run), 2)

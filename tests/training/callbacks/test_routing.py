@@ -13,7 +13,7 @@ from support.tiny import write_tiny_run
 from support.training import Layout, rows_of_steps, start, write_zero_settings
 
 from moe_medical.training.callback import Callback
-from moe_medical.training.routing_counts import RoutingCounts
+from moe_medical.training.callbacks.routing import RoutingCounts
 
 ADAPTERS = {"num_experts": 4, "top_k": 2, "rank": 4, "alpha": 8, "dropout": 0.1, "balance_coefficient": 0.5}
 PACKED = {"batching": "packed", "accumulation": 4}

@@ -11,45 +11,42 @@ Decisions:
   a sample since the last look the count stays as it is.
 - `reweight` may come again, each time by `factor`, down to LEAST_WEIGHT; a task that is there is left alone.
 - `freeze` comes once per task. Where it would leave no task in training, the run is stopped instead.
-- Every rank may look: equal numbers give equal decisions.
+- The main rank decides and all ranks are told, so that no rank decides by another rounding. Factors of the
+  loss and the streaks are in each checkpoint; a frozen task is part of the plan's weight history.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_medical.config import RunConfig
 from moe_medical.config.schema import GuardSection
+from moe_medical.distributed.topology import Topology
+from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.tracking.seesaw import SeesawStep
+from moe_medical.training.callback import Callback
+from moe_medical.training.callbacks.seesaw import Seesaw
+from moe_medical.training.callbacks.task_losses import TaskLosses
+from moe_medical.training.data_module import DataModule
+from moe_medical.training.run_log import Decision, RunLog
+from moe_medical.training.step import TaskFactors
 
 Floats = NDArray[np.float64]
-Action = Literal["freeze", "reweight", "stop", "mixture"]
+Action = Literal["freeze", "reweight", "stop"]
+
+READER = "guard"
+"""Its name among the readers of `TaskLosses`."""
+
+_LOG = logging.getLogger(__name__)
 
 LEAST_WEIGHT = 0.05
 """Loss weight below which no reweighting goes: less would be a freeze that still costs its samples."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was changed in a run, and why; a line of `decisions.jsonl`."""
-
-    step: int
-    action: Action
-    task: str | None
-    """None where it is about all tasks."""
-    cause: str
-    """One sentence with numbers, never the text of a record."""
-    numbers: Mapping[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """`step`, `action`, `task`, `cause` and the numbers, side by side."""
-        head = {"step": self.step, "action": self.action, "task": self.task, "cause": self.cause}
-        return {**head, **self.numbers}
 
 
 class TaskGuard:
@@ -78,7 +75,11 @@ class TaskGuard:
         return tuple(task for task, is_out in zip(self._tasks, self._frozen_T, strict=True) if is_out)
 
     def look(
-        self, step: int, seen: SeesawStep, train_loss_T: Sequence[float], repeats_T: Sequence[float]
+        self,
+        step: int,
+        seen: SeesawStep,
+        train_loss_T: Sequence[float] | Floats,
+        repeats_T: Sequence[float] | Floats,
     ) -> list[Decision]:
         """Decide after an evaluation. Call it at every one.
 
@@ -171,3 +172,80 @@ class TaskGuard:
             f"training loss {lower:.1f} % lower than around that best, after {repeats_T[task]:.1f} epochs"
         )
         return Decision(step, action, self._tasks[task], cause, {k: float(v) for k, v in numbers.items()})
+
+
+class Guard(Callback):
+    """The guard of a run: carries what `TaskGuard` decides to the loss, the mixture and the loop.
+
+    Args:
+        config: The run.
+        data: Its mixture, out of which frozen tasks are taken.
+        factors: Of the tasks' losses; reweighted tasks have theirs here.
+        seesaw: Has the evaluation against those before it.
+        task_losses: Has the training losses since the last evaluation.
+        topology: This process among all.
+        log: Takes the decisions.
+    """
+
+    name = "guard"
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: DataModule,
+        factors: TaskFactors,
+        seesaw: Seesaw,
+        task_losses: TaskLosses,
+        topology: Topology,
+        log: RunLog,
+    ) -> None:
+        self._data, self._factors, self._seesaw = data, factors, seesaw
+        self._task_losses, self._topology, self._log = task_losses, topology, log
+        self._names, self._last_step = [task.name for task in data.tasks], config.training.steps
+        self._guard = TaskGuard(config.training.guard, self._names)
+        self._probed = -1
+        """Step of the newest evaluation that was decided on."""
+
+    def after_evaluation(self, evaluation: Evaluation, is_new: bool) -> None:
+        done = evaluation.step
+        if done <= self._probed or done == self._last_step:  # what was decided; nothing is left to act on
+            return
+        self._probed = done
+        train_loss_T = self._task_losses.take_mean(READER)
+        decisions: list[Decision] = []
+        if self._topology.is_main:
+            assert self._seesaw.newest is not None, "the seesaw comes before the guard"
+            repeats_T = self._data.repeats(done)
+            decisions = self._guard.look(done, self._seesaw.newest, train_loss_T, repeats_T)
+        frozen_T = self._agree(any(decision.action == "stop" for decision in decisions))
+        if frozen_T.any() and not self._data.leave_out(frozen_T, done) and decisions:
+            names = [name for name, frozen in zip(self._names, frozen_T, strict=True) if frozen]
+            _LOG.warning(
+                "%s stay in the mixture: nothing else can feed the rest of the run", ", ".join(names)
+            )
+        for decision in decisions:
+            self._log.decide(decision)
+
+    def state(self, done: int) -> dict[str, Any]:
+        return {
+            "guard": self._guard.state(),
+            "factors": self._factors.guard_T.tolist(),
+            "probed": self._probed,
+            "stopped": self.ends_run,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._guard.load_state(state["guard"])
+        self._factors.guard_T = np.array(state["factors"])
+        self._probed, self.ends_run = state["probed"], state["stopped"]
+
+    def _agree(self, stop: bool) -> NDArray[np.bool_]:
+        """What the main rank has decided, on all ranks; tasks to be left out, (T,). Collective."""
+        num_tasks = len(self._names)
+        frozen_T = [name in self._guard.frozen for name in self._names]
+        agreed = self._topology.from_main(
+            np.array([*self._guard.weight_T, *frozen_T, stop], dtype=np.float64)
+        )
+        self._factors.guard_T = agreed[:num_tasks]
+        self.ends_run = bool(agreed[-1])
+        return np.asarray(agreed[num_tasks:-1] > 0)

@@ -14,7 +14,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
 from moe_medical.errors import ConfigError, DataError
 from moe_medical.planning.preflight import check_context
-from moe_medical.training.identity import RunIdentity, identify
+from moe_medical.training.fingerprint import RunFingerprint, run_fingerprint
 from moe_medical.training.trainer import adapter_meta
 
 
@@ -30,13 +30,13 @@ def identity(
     *overrides: str,
     tasks: Callable[[list[TaskData]], list[TaskData]] = list,
     samples: int = 48,
-) -> RunIdentity:
+) -> RunFingerprint:
     config = load_config(folder / "run.yaml", overrides)
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     loaded = tasks(load_tasks(config.data, config.evaluation.split, chat))
     plan = build_plan(loaded, config.data, config.run.seed, samples)
-    return identify(config, base, resolve_adapters(config.adapters), loaded, plan)
+    return run_fingerprint(config, base, resolve_adapters(config.adapters), loaded, plan)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 
 from moe_medical.config.schema import GuardSection, SeesawSection
 from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
-from moe_medical.training.guard import LEAST_WEIGHT, Decision, TaskGuard
+from moe_medical.training.callbacks.guard import LEAST_WEIGHT, TaskGuard
+from moe_medical.training.run_log import Decision
 
 TASKS = ["small", "large"]
 NAN = math.nan

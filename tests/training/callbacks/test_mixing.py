@@ -67,7 +67,7 @@ def _run_rules(run: str, rules: dict[str, str]) -> dict[str, list[Any]]:
         rest = trainer(rule, "resumed", "data.workers=0", "checkpoint.every_steps=7")
         rest.run()
         changes[rule] = [
-            [[block, shares.tolist()] for block, shares in t.feed.plan.history] for t in (whole, rest)
+            [[block, shares.tolist()] for block, shares in t.data.plan.history] for t in (whole, rest)
         ]
     stop_distributed()
     return changes

@@ -12,7 +12,8 @@ the balance loss one in advance; neither is counted. Nothing waits for the devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from moe_medical.adapters.model import deciding_layers
 from moe_medical.adapters.routing import RoutingContext
+from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.distributed.engine import Engine
+from moe_medical.files import write_json
+from moe_medical.tracking.routing_stats import RoutingStats, RoutingWatch
+from moe_medical.training.callback import Callback, is_due
+from moe_medical.training.run_log import RunLog
+from moe_medical.training.step import StepResult
 
 
 class RoutingCounts:
@@ -86,3 +93,75 @@ class RoutingCounts:
             raise RuntimeError("`total` ends what `begin` has started")
         summed, self._mass = self._engine.sum(self._mass), None
         return np.asarray(summed.cpu().numpy().reshape(self._shape))
+
+
+class Routing(Callback):
+    """Counts every `tracking.routing_every_steps`-th step, and the last; one is enough to see who goes where.
+
+    Args:
+        config: The run.
+        adapters: Its adapter settings.
+        tasks: Names.
+        engine: Whose layers are counted.
+        context: Of its layers.
+        log: Takes series, a heat map, alerts and a file.
+
+    Attributes:
+        newest: Of the newest step that was counted, on all ranks.
+        step: Which that was, as a number of steps done.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        adapters: MoloraConfig,
+        tasks: Sequence[str],
+        engine: Engine,
+        context: RoutingContext,
+        log: RunLog,
+    ) -> None:
+        self._every, self._last = config.tracking.routing_every_steps, config.training.steps
+        self._adapters, self._tasks, self._log = adapters, tasks, log
+        self._counts = RoutingCounts(engine, context, len(tasks))
+        self._watch = RoutingWatch()
+        self.newest: RoutingStats | None = None
+        self.step = -1
+
+    def start(self, first: int) -> None:
+        """Watch again what an earlier part of the run saw: alerts come once."""
+        if self._log.is_main:
+            folder = self._log.folder
+            for path in folder.of_each_step(folder.routing(0)):
+                self.newest = RoutingStats.from_json(json.loads(path.read_text(encoding="utf-8")))
+                self._watch.look(self.newest)
+
+    def before_step(self, step: int) -> None:
+        if self._is_due(step + 1):
+            self._counts.begin()
+
+    def after_forward(self) -> None:
+        if self._counts.is_open:
+            self._counts.add()
+
+    def after_step(self, result: StepResult) -> Mapping[str, float]:
+        done = result.done
+        if not self._is_due(done):
+            return {}
+        self.newest = stats = RoutingStats(
+            self._counts.total(),
+            self._tasks,
+            self._counts.layers,
+            top_k=self._adapters.active(),
+            per_task=self._adapters.router == "task",
+            experts=self._counts.experts,
+        )
+        self.step = done
+        if self._log.is_main:
+            write_json(self._log.folder.routing(done), stats.to_json(done), indent=None)
+            self._log.sinks.heat_map("router/task_expert", stats.task_expert(), done)
+            for title, text in self._watch.look(stats):
+                self._log.alert(title, f"after {done} steps: {text}")
+        return stats.values()
+
+    def _is_due(self, done: int) -> bool:
+        return bool(self._counts.layers) and is_due(self._every, done, self._last)

@@ -51,7 +51,7 @@ _ACCEPT = f"{_REMEDY} checkpoint.accept_data_change=true goes on with the data a
 
 
 @dataclass(frozen=True)
-class RunIdentity:
+class RunFingerprint:
     """Saved in each checkpoint, but for the paths; JSON values only."""
 
     settings: dict[str, Any]
@@ -75,11 +75,11 @@ class RunIdentity:
             "accepted_changes": list(self.accepted_changes),
         }
 
-    def check_resumes(self, saved: Mapping[str, Any], accept_data_change: bool = False) -> RunIdentity:
-        """Compare with a checkpoint's identity.
+    def check_resumes(self, saved: Mapping[str, Any], accept_data_change: bool = False) -> RunFingerprint:
+        """Compare with a checkpoint's fingerprint.
 
         Returns:
-            The identity to go on with: this one with the changes that were accepted, now and before.
+            The fingerprint to go on with: this one with the changes that were accepted, now and before.
 
         Raises:
             DataError: naming all that differs.
@@ -134,17 +134,17 @@ class RunIdentity:
             yield f"the {split} files of {task} are {len(now)}, were {len(before)} in the checkpoint"
 
 
-def identify(
+def run_fingerprint(
     config: RunConfig, base: BaseModel, adapters: MoloraConfig, tasks: Sequence[TaskData], plan: MixPlan
-) -> RunIdentity:
-    """The identity of a run that is about to start."""
+) -> RunFingerprint:
+    """The fingerprint of a run that is about to start."""
     settings = compared_settings(config) | {"model.name": base.name, "model.revision": base.revision}
     settings |= _flat({"adapters": asdict(adapters)}) | _frozen_sources(config.adapters, adapters)
     paths = {task.name: str(task.spec.path) for task in tasks}
     for task in tasks:
         for split, files in task.fingerprints.items():
             paths |= {f"{task.name}/{split}/{i}": file for i, file in enumerate(files)}
-    return RunIdentity(settings, {task.name: _contents(task) for task in tasks}, plan.state(), paths)
+    return RunFingerprint(settings, {task.name: _contents(task) for task in tasks}, plan.state(), paths)
 
 
 def compared_settings(config: RunConfig) -> dict[str, Any]:
