@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class SpeedMeter:
@@ -17,9 +17,11 @@ class SpeedMeter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, decay: float = 0.9):
-        self._clock, self._decay = clock, decay
-        self._seconds = self._tokens = self._positions = self._waited = self._weight = 0.0
+        self._clock = clock
+        self._decay = decay
         self._last = clock()
+        # An average starts at 0; `weight` is the average of 1, so that a quotient of two has no bias.
+        self._averages = dict.fromkeys(("seconds", "tokens", "positions", "waited", "weight"), 0.0)
         self.last_step_seconds = 0.0
 
     def step(self, tokens: int, positions: int, waited: float) -> None:
@@ -31,37 +33,44 @@ class SpeedMeter:
             waited: Seconds that it waited for data.
         """
         now = self._clock()
-        self.last_step_seconds = now - self._last
-        self._seconds = self._average(self._seconds, self.last_step_seconds)
-        self._tokens = self._average(self._tokens, tokens)
-        self._positions = self._average(self._positions, positions)
-        self._waited = self._average(self._waited, waited)
-        self._weight = self._average(self._weight, 1.0)
+        seconds = now - self._last
+        new = {"seconds": seconds, "tokens": tokens, "positions": positions, "waited": waited, "weight": 1.0}
+        for name, before in self._averages.items():
+            self._averages[name] = self._decay * before + (1 - self._decay) * new[name]
+        self.last_step_seconds = seconds
         self._last = now
-
-    def _average(self, before: float, value: float) -> float:
-        return self._decay * before + (1 - self._decay) * value
 
     def restart(self) -> None:
         """Leaves out the time since the last step: evaluation or a save is no training time."""
         self._last = self._clock()
 
+    def state(self) -> dict[str, float]:
+        """JSON values; a meter that loads them goes on as if nothing had happened."""
+        return dict(self._averages)
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state` gave."""
+        self._averages.update(state)
+
     @property
     def step_seconds(self) -> float:
         """Seconds per step; 0 before the first step."""
-        return self._seconds / self._weight if self._weight else 0.0
+        return self._quotient("seconds", "weight")
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second of this process; 0 before the first step."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+        return self._quotient("tokens", "seconds")
 
     @property
     def useful_positions(self) -> float:
         """Share of the positions that held a token; 0 before the first step."""
-        return self._tokens / self._positions if self._positions else 0.0
+        return self._quotient("tokens", "positions")
 
     @property
     def data_wait_seconds(self) -> float:
         """Seconds per step spent waiting for data; 0 before the first step."""
-        return self._waited / self._weight if self._weight else 0.0
+        return self._quotient("waited", "weight")
+
+    def _quotient(self, of: str, per: str) -> float:
+        return self._averages[of] / self._averages[per] if self._averages[per] else 0.0

@@ -158,7 +158,8 @@ def control_runs(config: RunConfig, plan: RunPlan, steps: int | None = None) -> 
         steps: See `train_baselines`.
     """
     rank, parameters = matching_rank(plan)
-    batch, runs = config.training.global_batch, []
+    batch = config.training.global_batch
+    runs = []
     for task in plan.tasks:
         if task.samples:
             of_task = steps or max(1, round(task.samples / batch))
@@ -182,10 +183,13 @@ def _folder(config: RunConfig) -> Path:
 
 def _control(config: RunConfig, name: str, rank: int) -> RunConfig:
     """The run with a plain LoRA in a folder of its own."""
-    control, group = deepcopy(config), f"{config.run.name}-baseline"
-    control.run.name, control.run.dir = f"{group}-{name}", str(_folder(config) / name)
+    control = deepcopy(config)
+    group = f"{config.run.name}-baseline"
+    control.run.name = f"{group}-{name}"
+    control.run.dir = str(_folder(config) / name)
     control.adapters = _plain_lora(config, rank)
-    control.parallel.ep_size, control.checkpoint.resume = 1, "auto"
+    control.parallel.ep_size = 1
+    control.checkpoint.resume = "auto"
     control.tracking.wandb.group = config.tracking.wandb.group or group
     control.tracking.wandb.alerts = False
     return control
@@ -274,12 +278,14 @@ def _show_reference(reference: Reference) -> None:
     columns = ("task", "steps alone", "loss alone", "score alone", "loss together", "score together")
     show_table(columns, rows, footer)
     counts = reference.trainable_parameters
-    ours, theirs = counts["run"], counts["single"]
+    ours = counts["run"]
+    theirs = counts["single"]
     show(f"trainable parameters: {ours:,} of the run, {theirs:,} of each control\n")
 
 
 def _row(task: str, reference: Reference) -> tuple[str, ...]:
-    alone, together = reference.single.get(task), (reference.multi or {}).get(task)
+    alone = reference.single.get(task)
+    together = (reference.multi or {}).get(task)
     return (task, str(alone.steps) if alone else "-", *_cells(alone), *_cells(together))
 
 

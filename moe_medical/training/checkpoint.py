@@ -33,8 +33,11 @@ from moe_medical.errors import DataError, StorageError
 from moe_medical.files import new_folder, sha256_file, write_json
 
 FORMAT_VERSION = 2
-_MANIFEST, _STATE, _LATEST = "MANIFEST.json", "state.json", "latest.json"
-_ADAPTERS, _OPTIMIZER = "adapters.safetensors", "optimizer.safetensors"
+_MANIFEST = "MANIFEST.json"
+_STATE = "state.json"
+_LATEST = "latest.json"
+_ADAPTERS = "adapters.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 _FILES = {_ADAPTERS, _OPTIMIZER, _STATE}
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +55,8 @@ class CheckpointFolder:
     """The checkpoints of one run. One process writes; any may read."""
 
     def __init__(self, root: Path, keep: int) -> None:
-        self.root, self.keep = root, keep
+        self.root = root
+        self.keep = keep
 
     def save(self, checkpoint: Checkpoint, layout: dict[str, Any]) -> Path:
         """Publish a checkpoint atomically, move the pointer, prune old ones. Never overwrites a step.
@@ -133,7 +137,8 @@ def check_same_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, .
     saved = {name: tuple(tensor.shape) for name, tensor in checkpoint.trainable.parameters.items()}
     if saved == shapes:
         return
-    missing, extra = sorted(shapes.keys() - saved.keys())[:3], sorted(saved.keys() - shapes.keys())[:3]
+    missing = sorted(shapes.keys() - saved.keys())[:3]
+    extra = sorted(saved.keys() - shapes.keys())[:3]
     other = sorted(name for name in saved.keys() & shapes.keys() if saved[name] != shapes[name])[:3]
     raise DataError(
         f"the checkpoint's tensors are not this model's: missing {missing}, extra {extra}, "
@@ -143,7 +148,8 @@ def check_same_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, .
 
 def _from_format_1(old: dict[str, Any]) -> dict[str, Any]:
     """The state of format 1 in the form of today: its sums of losses had an owner each."""
-    mixture, guard = dict(old["mixture"]), dict(old["guard"])
+    mixture = dict(old["mixture"])
+    guard = dict(old["guard"])
     loss, tokens, samples = zip(*old["meter"], strict=True)
     unused = [0.0] * len(samples)  # the other two readers never asked for numbers of samples
     callbacks = {
@@ -152,7 +158,7 @@ def _from_format_1(old: dict[str, Any]) -> dict[str, Any]:
             "mixture": [*mixture.pop("sums"), unused],
             "guard": [*guard.pop("sums"), unused],
         },
-        "step_log": {"truncated": old["truncated"]},
+        "step_log": {"truncated": old["truncated"], "speed": {}},
         "mixture": mixture,
     }
     if guard["guard"] is not None:

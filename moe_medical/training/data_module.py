@@ -40,10 +40,12 @@ class DataModule:
     """
 
     def __init__(self, config: RunConfig, base: BaseModel) -> None:
-        data, training = config.data, config.training
+        data = config.data
+        training = config.training
         self.chat = ChatFormat.from_folder(base.folder, data.system_prompt, data.max_length)
         tasks = load_tasks(data, config.evaluation.split, self.chat)
-        self._data, self._training = data, training
+        self._data = data
+        self._training = training
         self.plan = build_plan(tasks, data, config.run.seed, training.steps * training.global_batch)
         samples = self.samples(training.steps)  # fails now, not after hours, if the caps cannot feed the run
         ranks = config.parallel.ranks
@@ -59,7 +61,8 @@ class DataModule:
 
     def batches(self, topology: Topology, batching: Batching) -> TrainingBatches:
         """The micro-batches of this rank."""
-        training, data = self._training, self._data
+        training = self._training
+        data = self._data
         shape = BatchShape(
             global_batch=training.global_batch,
             micro_batch=training.micro_batch,
@@ -89,9 +92,11 @@ class DataModule:
         Returns:
             False, and all is as it was, where the other tasks are too small to feed the rest of the run.
         """
-        size, block = self._training.global_batch, self._data.mix.block
+        size = self._training.global_batch
+        block = self._data.mix.block
         first = max(effective_block(done * size, block, LEAD_STEPS, size), self.plan.last_change + 1)
-        start, weights = first * block, self.plan.history[-1][1].copy()
+        start = first * block
+        weights = self.plan.history[-1][1].copy()
         rest = self._training.steps * size - start
         sizes = mix_sizes(self.tasks, self._data)
         limits = row_limits([s.rows for s in sizes], [s.max_repeats for s in sizes])

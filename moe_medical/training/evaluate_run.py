@@ -160,7 +160,8 @@ def _check_known(adapter: Path, names: Sequence[str], known: Sequence[str]) -> N
 
 def _evaluate(config: RunConfig, subject: _Subject, topology: Topology) -> tuple[Evaluation, list[str]]:
     """The evaluation, and on the main rank the lines of `--predictions` if text is allowed."""
-    context, numbers = subject.context, subject.numbers
+    context = subject.context
+    numbers = subject.numbers
     evaluator = Evaluator(subject.tasks, subject.chat, config.evaluation, topology, False, context, numbers)
     lines: list[str] = []
 
@@ -215,7 +216,8 @@ def _tell(config: RunConfig, subject: _Subject, evaluation: Evaluation, json_fil
 
 def _remarks(config: RunConfig, subject: _Subject) -> list[str]:
     """What a reader of the scores should know."""
-    meta, found = subject.meta, []
+    meta = subject.meta
+    found = []
     if subject.unknown:
         found.append(f"tasks that the adapter was not trained on: {', '.join(subject.unknown)}")
     here = {"base_model": subject.base.name, "system_prompt": config.data.system_prompt}

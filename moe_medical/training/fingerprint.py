@@ -88,7 +88,8 @@ class RunFingerprint:
             raise DataError("the checkpoint is of another version of moe_medical. Use a new run.name.")
         settings = list(_changed_settings(saved["settings"], self.settings))
         if list(saved["tasks"]) != list(self.tasks):
-            before, now = ", ".join(saved["tasks"]), ", ".join(self.tasks)
+            before = ", ".join(saved["tasks"])
+            now = ", ".join(self.tasks)
             settings.append(f"the tasks were {before} in the checkpoint, are {now}")
         data = [] if settings else list(self._changed_data(saved["tasks"]))
         if not settings and not data and saved["mixture"] != self.mixture:

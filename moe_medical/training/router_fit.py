@@ -112,7 +112,9 @@ def _draw(
     tasks: Sequence[TaskData], label_of_task: Mapping[str, str], order: Sequence[str], rows: int, seed: int
 ) -> list[_Row]:
     """Up to `rows` rows of each label, as evenly from its tasks as they have them; every fifth held out."""
-    generator, drawn, problems = np.random.default_rng(seed), [], []
+    generator = np.random.default_rng(seed)
+    drawn = []
+    problems = []
     for number, label in enumerate(order):
         mine = [task for task in tasks if label_of_task[task.name] == label]
         encoded = [
@@ -134,7 +136,8 @@ def _draw(
 
 def _shares(sizes: Sequence[int], rows: int) -> list[int]:
     """`rows` split over tasks of these sizes, evenly as far as they go."""
-    shares, left = [0] * len(sizes), rows
+    shares = [0] * len(sizes)
+    left = rows
     for done, i in enumerate(sorted(range(len(sizes)), key=lambda i: sizes[i])):
         shares[i] = min(sizes[i], left // (len(sizes) - done))
         left -= shares[i]
@@ -150,13 +153,12 @@ def _features(
     """First module of each router's scope -> (vectors, D) float32 of each row."""
     topology = start_alone(config.parallel)
     model = load_base(base, config.model.dtype, config.model.quantization).to(topology.device).eval()
-    heads, of_prompts = _heads(model, adapters), adapters.router == "sequence"
+    heads = _heads(model, adapters)
+    of_prompts = adapters.router == "sequence"
     found = {name: [torch.empty(0)] * len(drawn) for name in heads}
     shown = [_shown(row.encoded, of_prompts) for row in drawn]
-    order, size = (
-        sorted(range(len(shown)), key=lambda i: len(shown[i].input_ids)),
-        config.evaluation.batch_rows,
-    )
+    order = sorted(range(len(shown)), key=lambda i: len(shown[i].input_ids))
+    size = config.evaluation.batch_rows
     with progress_line("reading features", len(drawn), visible=True) as progress:
         for first in range(0, len(order), size):
             numbers = order[first : first + size]
@@ -273,9 +275,11 @@ def _classifier(
         fit_intercept=with_bias, class_weight="balanced", max_iter=_MAX_ITERATIONS, random_state=seed
     )
     model.fit((x_ND - mean_D) / scale_D, labels_N)
-    weight_ED, bias_E = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
+    weight_ED = model.coef_
+    bias_E = np.broadcast_to(model.intercept_, len(model.coef_))
     if len(model.classes_) == 2:  # one logit z for the second label: a softmax over (-z / 2, z / 2)
-        weight_ED, bias_E = np.outer([-0.5, 0.5], weight_ED), np.outer([-0.5, 0.5], bias_E)[:, 0]
+        weight_ED = np.outer([-0.5, 0.5], weight_ED)
+        bias_E = np.outer([-0.5, 0.5], bias_E)[:, 0]
     weight_ED = weight_ED / scale_D
     return weight_ED, bias_E - weight_ED @ mean_D
 

@@ -44,7 +44,8 @@ def label_tasks(labels: str, specs: Sequence[TaskSpec]) -> tuple[dict[str, str],
 
 
 def _from_tags(tags: Sequence[str], specs: Sequence[TaskSpec]) -> tuple[dict[str, str], list[str]]:
-    problems, of_task = [], {}
+    problems = []
+    of_task = {}
     for spec in specs:
         found = [tag for tag in tags if tag in spec.tags]
         if len(found) == 1:
@@ -58,7 +59,8 @@ def _from_tags(tags: Sequence[str], specs: Sequence[TaskSpec]) -> tuple[dict[str
 
 
 def _from_file(path: Path, specs: Sequence[TaskSpec]) -> tuple[dict[str, str], list[str]]:
-    given, names = _read(path), [spec.name for spec in specs]
+    given = _read(path)
+    names = [spec.name for spec in specs]
     problems = [Problem(name, "must have a label") for name in names if name not in given]
     fix = f"Tasks there: {', '.join(names)}."
     problems += [

@@ -48,7 +48,9 @@ class RouterLosses:
         balance_over: str,
         tasks: Sequence[str] = (),
     ) -> None:
-        self._engine, self._context, self._over = engine, context, balance_over
+        self._engine = engine
+        self._context = context
+        self._over = balance_over
         self._weights = LossWeights.of(adapters)
         self._class_of_J: Tensor | None = None
         if self._weights.localized:
@@ -70,7 +72,9 @@ class RouterLosses:
             batches: On the device.
             all_tokens: Of the global step, padding not counted.
         """
-        self._tokens, self._ahead, self._seen = all_tokens, None, []
+        self._tokens = all_tokens
+        self._ahead = None
+        self._seen = []
         if self._weights.needs_statistics and self._over == "global_batch" and len(batches) > 1:
             self._ahead = self._count(batches)
             self._seen = [] if self._ahead is None else [self._ahead]
@@ -120,7 +124,8 @@ class RouterLosses:
 
     def _sums(self) -> RoutingSums:
         """Of the bound micro-batch."""
-        routings, mask_T = self._context.record.routings.values(), self._context.inputs.token_mask_T
+        routings = self._context.record.routings.values()
+        mask_T = self._context.inputs.token_mask_T
         return routing_sums(routings, mask_T, self._classes_T, self._weights.classes)
 
     def _over_ranks(self, sums: RoutingSums) -> RoutingSums:

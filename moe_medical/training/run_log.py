@@ -45,7 +45,8 @@ class RunLog:
     """
 
     def __init__(self, folder: RunFolder, is_main: bool) -> None:
-        self.folder, self.is_main = folder, is_main
+        self.folder = folder
+        self.is_main = is_main
         self.sinks = Sinks()
         self.tokens = 0
 

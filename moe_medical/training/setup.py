@@ -100,7 +100,8 @@ def build_callbacks(
     log: RunLog,
 ) -> list[Callback]:
     """All that looks at a run, in the order in which it is called; one that reads another comes after it."""
-    topology, names = engine.topology, [task.name for task in data.tasks]
+    topology = engine.topology
+    names = [task.name for task in data.tasks]
     losses = TaskLosses(len(names), (step_log.READER, mixing.READER, guard.READER), topology)
     seesaw = Seesaw(config, data.tasks, log)
     callbacks: list[Callback] = [losses, seesaw]

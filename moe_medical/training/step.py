@@ -96,9 +96,13 @@ class TrainStep:
         router_losses: RouterLosses,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self._training, self._seed = config.training, config.run.seed
-        self._engine, self._context = engine, context
-        self._factors, self._router_losses, self._callbacks = factors, router_losses, callbacks
+        self._training = config.training
+        self._seed = config.run.seed
+        self._engine = engine
+        self._context = context
+        self._factors = factors
+        self._router_losses = router_losses
+        self._callbacks = callbacks
         self._paths = RouterPaths(config.training.router_paths, config.training.router_paths_reduce)
 
     def __call__(self, step: int, batches: Sequence[Batch], stop: bool = False) -> StepResult:
@@ -115,14 +119,16 @@ class TrainStep:
         Raises:
             StopAsked: any rank was.
         """
-        engine, num_tasks = self._engine, self._factors.num_tasks
+        engine = self._engine
+        num_tasks = self._factors.num_tasks
         torch.manual_seed(step_seed(self._seed, step, engine.topology.rank))
         counts = count_step(engine, batches, num_tasks, stop)
         if counts.stop:
             raise StopAsked
 
         batches = [batch.to(engine.topology.device) for batch in batches]
-        normalise, device = self._training.loss.normalise, engine.topology.device
+        normalise = self._training.loss.normalise
+        device = engine.topology.device
         plain = TokenWeights.of(normalise, counts.tokens_T, counts.rows_T, device)
         factors_T = self._factors.of_step(step, batches, counts, plain)
         weights = plain.times(factors_T)
@@ -163,8 +169,11 @@ class TaskFactors:
     """
 
     def __init__(self, config: RunConfig, engine: Engine, context: RoutingContext, num_tasks: int) -> None:
-        self._section, self._seed = config.training.loss, config.run.seed
-        self._engine, self._context, self.num_tasks = engine, context, num_tasks
+        self._section = config.training.loss
+        self._seed = config.run.seed
+        self._engine = engine
+        self._context = context
+        self.num_tasks = num_tasks
         self._weighting = task_weighting(self._section, num_tasks)
         self.guard_T = np.ones(num_tasks)
 
@@ -245,7 +254,8 @@ def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: b
         mine[-2] += batch.input_ids_BS.numel()
     mine[-1] = stop
     everyone = engine.topology.sum(mine)
-    tokens, rows = everyone[:num_tasks], everyone[num_tasks : 2 * num_tasks]
+    tokens = everyone[:num_tasks]
+    rows = everyone[num_tasks : 2 * num_tasks]
     all_tokens, truncated, positions, stops = everyone[2 * num_tasks :].astype(int).tolist()
     return StepCounts(tokens, rows, all_tokens, truncated, positions, bool(stops))
 

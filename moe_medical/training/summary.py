@@ -46,7 +46,8 @@ def summarize(result: RunResult) -> RunSummary:
     total = result.samples_per_task.sum()
     tasks = []
     for task, samples in zip(result.tasks, result.samples_per_task.tolist(), strict=True):
-        before, after = result.before.tasks[task.name], result.after.tasks[task.name]
+        before = result.before.tasks[task.name]
+        after = result.after.tasks[task.name]
         shares = (len(task.train), samples / total, samples / len(task.train), task.spec.metric)
         tasks.append(TaskSummary(task.name, *shares, before.loss, after.loss, before.score, after.score))
     return RunSummary(

@@ -69,7 +69,8 @@ def combination(rule: str, gram_TT: np.ndarray, seed: int) -> np.ndarray:
         seed: Of PCGrad.
     """
     present = np.diag(gram_TT) > 0
-    numbers, count = np.ones(len(gram_TT)), int(present.sum())
+    numbers = np.ones(len(gram_TT))
+    count = int(present.sum())
     if count > 1:
         # Rules have absolute thresholds; their results do not depend on the scale otherwise.
         gram = torch.from_numpy(gram_TT[np.ix_(present, present)] / np.diag(gram_TT).sum())

@@ -47,7 +47,8 @@ class Sketch:
     """
 
     def __init__(self, size: int = 4096, seed: int = 0) -> None:
-        self.size, self._seed = size, seed
+        self.size = size
+        self._seed = seed
         self._places: dict[str, Tensor] = {}
 
     def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -102,9 +102,14 @@ class DynamicWeightAverage(_Rule):
 
     def __init__(self, num_tasks: int, temperature: float, window: int) -> None:
         super().__init__(num_tasks)
-        self._temperature, self._window = temperature, window
-        self._sum, self._seen, self._steps = np.zeros(num_tasks), np.zeros(num_tasks), np.zeros(())
-        self._older, self._newer = np.zeros(num_tasks), np.zeros(num_tasks)  # 0: no such window yet
+        self._temperature = temperature
+        self._window = window
+        self._sum = np.zeros(num_tasks)
+        self._seen = np.zeros(num_tasks)
+        self._steps = np.zeros(())
+        # 0: no such window yet
+        self._older = np.zeros(num_tasks)
+        self._newer = np.zeros(num_tasks)
 
     def weights(self) -> np.ndarray:
         ratios = np.ones(self.num_tasks)
@@ -121,7 +126,9 @@ class DynamicWeightAverage(_Rule):
         seen = self._seen > 0
         self._older[seen] = self._newer[seen]
         self._newer[seen] = np.maximum(self._sum[seen] / self._seen[seen], SOLVED)
-        self._sum, self._seen, self._steps = np.zeros(self.num_tasks), np.zeros(self.num_tasks), np.zeros(())
+        self._sum = np.zeros(self.num_tasks)
+        self._seen = np.zeros(self.num_tasks)
+        self._steps = np.zeros(())
 
 
 class Uncertainty(_Rule):
@@ -151,7 +158,8 @@ class Uncertainty(_Rule):
 
     def observe(self, losses_T: np.ndarray, after_T: np.ndarray | None = None) -> None:
         present = np.isfinite(losses_T)
-        losses, s = np.maximum(losses_T[present], SOLVED), self._log_variance[present]
+        losses = np.maximum(losses_T[present], SOLVED)
+        s = self._log_variance[present]
         self._log_variance[present] = s - self._rate * (1 - losses * np.exp(-s)) / 2
 
 
@@ -183,7 +191,9 @@ class Famo(_Rule):
     def __init__(self, num_tasks: int, rate: float) -> None:
         super().__init__(num_tasks)
         self._rate = rate
-        self._xi, self._losses = np.zeros(num_tasks), np.zeros(num_tasks)  # loss 0: not seen yet
+        # loss 0: not seen yet
+        self._xi = np.zeros(num_tasks)
+        self._losses = np.zeros(num_tasks)
         self._mean, self._variance, self._steps = (np.zeros(num_tasks) for _ in range(3))
 
     def weights(self) -> np.ndarray:
@@ -199,7 +209,8 @@ class Famo(_Rule):
         present = np.isfinite(losses_T) & np.isfinite(after_T)
         before, after = (np.maximum(losses[present], SOLVED) for losses in (losses_T, after_T))
         if present.sum() > 1:  # one task alone says nothing about the balance
-            z, fell = _softmax(self._xi[present]), np.log(before) - np.log(after)
+            z = _softmax(self._xi[present])
+            fell = np.log(before) - np.log(after)
             self._descend(present, z * (fell - z @ fell) + _DECAY * self._xi[present])
         known = self._losses[present]
         self._losses[present] = np.where(known > 0, _KEPT * known + (1 - _KEPT) * after, after)
@@ -211,11 +222,15 @@ class Famo(_Rule):
         steps = self._steps[present] + 1
         root = np.sqrt(variance / (1 - _BETAS[1] ** steps))
         self._xi[present] -= self._rate * mean / (1 - _BETAS[0] ** steps) / (root + _EPSILON)
-        self._mean[present], self._variance[present], self._steps[present] = mean, variance, steps
+        self._mean[present] = mean
+        self._variance[present] = variance
+        self._steps[present] = steps
 
 
 _DECAY = 1e-3  # gamma of the paper's algorithm 2
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's usual ones
+# Adam's usual ones
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
 _KEPT = 0.9
 
 

@@ -69,7 +69,8 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
-        self.config, self.topology = config, topology
+        self.config = config
+        self.topology = topology
         self.folder = RunFolder(Path(config.run.dir))
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.checkpoint.keep)
         self.base = locate_base(config.model)
@@ -95,7 +96,8 @@ class Trainer:
             self.engine.needs_equal_forwards,
             self.context,
         )
-        over, names = config.training.balance_over, [task.name for task in self.tasks]
+        over = config.training.balance_over
+        names = [task.name for task in self.tasks]
         self.router_losses = RouterLosses(self.engine, self.context, self.adapters, over, names)
         self.factors = TaskFactors(config, self.engine, self.context, len(self.tasks))
         self.stop = StopFlag()
@@ -166,7 +168,8 @@ class Trainer:
         trainable = sum(math.prod(shape) for shape in parameter_shapes(self.engine).values())
         ranks = f"{self.topology.world_size} ranks ({self.topology.source}) on {self.topology.device.type}"
         _LOG.info("%s: %s, ZeRO-%d", self.config.run.name, ranks, self.engine.stage)
-        steps, batch = self.config.training.steps, self.config.training.global_batch
+        steps = self.config.training.steps
+        batch = self.config.training.global_batch
         _LOG.info("%d tasks, %s trainable parameters", len(self.tasks), f"{trainable:,}")
         _LOG.info("steps %d to %d of %d samples each; writing to %s", first, steps, batch, self.folder.root)
 
@@ -300,7 +303,8 @@ class Trainer:
     # Evaluations
 
     def _evaluate_where_due(self, step: int) -> None:
-        label, section = f"evaluating at step {step}", self.config.evaluation
+        label = f"evaluating at step {step}"
+        section = self.config.evaluation
         if self._due(section.every_steps, step):
             self.evaluate(step, label, section.scores == "always")
         elif any(callback.wants_evaluation(step) for callback in self.callbacks):

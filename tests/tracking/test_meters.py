@@ -46,3 +46,14 @@ def test_speed_before_the_first_step_is_zero() -> None:
     meter = SpeedMeter(clock(0.0).__next__)
     assert (meter.step_seconds, meter.tokens_per_second) == (0.0, 0.0)
     assert (meter.useful_positions, meter.data_wait_seconds) == (0.0, 0.0)
+
+
+def test_a_state_goes_on_as_if_nothing_had_happened() -> None:
+    whole = SpeedMeter(clock(0.0, 1.0, 4.0).__next__)
+    whole.step(10, 16, 0.5)
+    resumed = SpeedMeter(clock(1.0, 4.0).__next__)
+    resumed.load_state(whole.state())
+    for meter in (whole, resumed):
+        meter.step(60, 120, 0.0)
+    assert resumed.state() == whole.state()
+    assert resumed.useful_positions == whole.useful_positions

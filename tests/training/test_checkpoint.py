@@ -294,7 +294,7 @@ def test_a_checkpoint_of_format_1_is_read(folder: CheckpointFolder) -> None:
                 "mixture": [[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]],
                 "guard": [[5.0, 6.0], [7.0, 8.0], [0.0, 0.0]],
             },
-            "step_log": {"truncated": 3},
+            "step_log": {"truncated": 3, "speed": {}},
             "mixture": {"plan": {"seed": 1}, "rule": None, "evaluations": {}},
             "guard": {
                 "guard": {"weight": [0.5, 1.0]},

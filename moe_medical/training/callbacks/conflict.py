@@ -54,8 +54,12 @@ class ConflictProbe:
         engine: Engine,
         context: RoutingContext,
     ) -> None:
-        self._tasks, self._chat, self._engine, self._context = tasks, chat, engine, context
-        self._rows, self._micro_batch = config.tracking.conflict_rows, config.training.micro_batch
+        self._tasks = tasks
+        self._chat = chat
+        self._engine = engine
+        self._context = context
+        self._rows = config.tracking.conflict_rows
+        self._micro_batch = config.training.micro_batch
         self._seed = config.run.seed
         self._sketch = Sketch()
         self.reason = _reason(config, len(tasks))
@@ -107,8 +111,11 @@ class Conflicts(Callback):
     """
 
     def __init__(self, config: RunConfig, probe: ConflictProbe, routing: Routing, log: RunLog) -> None:
-        self._every, self._last = config.tracking.conflict_every_steps, config.training.steps
-        self._probe, self._routing, self._log = probe, routing, log
+        self._every = config.tracking.conflict_every_steps
+        self._last = config.training.steps
+        self._probe = probe
+        self._routing = routing
+        self._log = log
         self._newest: Conflict | None = None
 
     def start(self, first: int) -> None:
@@ -120,7 +127,8 @@ class Conflicts(Callback):
             _LOG.info("no angles between the tasks' gradients with %s", self._probe.reason)
 
     def after_step(self, result: StepResult) -> Mapping[str, float]:
-        done, values = result.done, dict[str, float]()
+        done = result.done
+        values = dict[str, float]()
         if self._probe.reason is None and is_due(self._every, done, self._last):
             self._newest = conflict = self._probe.measure(done)
             values |= conflict.values()

@@ -58,7 +58,8 @@ class TaskGuard:
     """
 
     def __init__(self, section: GuardSection, tasks: Sequence[str]) -> None:
-        self._section, self._tasks = section, list(tasks)
+        self._section = section
+        self._tasks = list(tasks)
         self._weight_T = np.ones(len(tasks))
         self._frozen_T = np.zeros(len(tasks), dtype=bool)
         self._streak_T = np.zeros(len(tasks), dtype=np.int64)
@@ -91,7 +92,8 @@ class TaskGuard:
         """
         if self._section.action == "none":
             return []
-        train, repeats = np.asarray(train_loss_T, dtype=np.float64), np.asarray(repeats_T, dtype=np.float64)
+        train = np.asarray(train_loss_T, dtype=np.float64)
+        repeats = np.asarray(repeats_T, dtype=np.float64)
         self._count(seen, train, repeats)
         decisions = []
         for i in np.flatnonzero((self._streak_T >= self._section.patience) & self._may_act).tolist():
@@ -131,7 +133,8 @@ class TaskGuard:
 
     def _count(self, seen: SeesawStep, train_T: Floats, repeats_T: Floats) -> None:
         """How often in a row each task has overfitted."""
-        has_trained, at_best = np.isfinite(train_T), seen.since_best_T == 0
+        has_trained = np.isfinite(train_T)
+        at_best = seen.since_best_T == 0
         renewed = has_trained & (at_best | np.isnan(self._train_at_best_T))
         self._train_at_best_T = np.where(renewed, train_T, self._train_at_best_T)
         regrets = seen.regret_T > seen.regret_gate_T
@@ -199,9 +202,14 @@ class Guard(Callback):
         topology: Topology,
         log: RunLog,
     ) -> None:
-        self._data, self._factors, self._seesaw = data, factors, seesaw
-        self._task_losses, self._topology, self._log = task_losses, topology, log
-        self._names, self._last_step = [task.name for task in data.tasks], config.training.steps
+        self._data = data
+        self._factors = factors
+        self._seesaw = seesaw
+        self._task_losses = task_losses
+        self._topology = topology
+        self._log = log
+        self._names = [task.name for task in data.tasks]
+        self._last_step = config.training.steps
         self._guard = TaskGuard(config.training.guard, self._names)
         self._probed = -1
         """Step of the newest evaluation that was decided on."""
@@ -237,7 +245,8 @@ class Guard(Callback):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._guard.load_state(state["guard"])
         self._factors.guard_T = np.array(state["factors"])
-        self._probed, self.ends_run = state["probed"], state["stopped"]
+        self._probed = state["probed"]
+        self.ends_run = state["stopped"]
 
     def _agree(self, stop: bool) -> NDArray[np.bool_]:
         """What the main rank has decided, on all ranks; tasks to be left out, (T,). Collective."""

@@ -60,16 +60,23 @@ class Mixing(Callback):
         task_losses: TaskLosses,
         log: RunLog,
     ) -> None:
-        self._data, self._engine, self._context = data, engine, context
-        self._task_losses, self._log = task_losses, log
-        mix, training = config.data.mix, config.training
-        sizes, samples = mix_sizes(data.tasks, config.data), training.steps * training.global_batch
+        self._data = data
+        self._engine = engine
+        self._context = context
+        self._task_losses = task_losses
+        self._log = log
+        mix = config.data.mix
+        training = config.training
+        sizes = mix_sizes(data.tasks, config.data)
+        samples = training.steps * training.global_batch
         # Numbers of all ranks go in, and the main rank's result is everybody's.
         self._rule: DynamicMix | None = dynamic_mix(
             mix, sizes, data.plan, training.global_batch, samples, engine.topology.from_main
         )
-        self._rule_name, self._seed = mix.dynamic.rule, config.run.seed
-        self._sketch, self._micro_batch = Sketch(), training.micro_batch
+        self._rule_name = mix.dynamic.rule
+        self._seed = config.run.seed
+        self._sketch = Sketch()
+        self._micro_batch = training.micro_batch
         self._names = [task.name for task in data.tasks]
         # Not the run's tracker: this one sees the evaluations of decisions only, as gains since the last one.
         self._tracker = SeesawTracker(self._names, replace(config.tracking.seesaw, window=1))
@@ -119,11 +126,13 @@ class Mixing(Callback):
         self, done: int, first: int, before_T: np.ndarray, after_T: np.ndarray, moved: Progress | None
     ) -> Decision:
         """The decision as a sentence: the three shares that change most, and the regret behind them."""
-        named, most = [], np.argsort(-np.abs(np.log((after_T + _TINY) / (before_T + _TINY))), kind="stable")
+        named = []
+        most = np.argsort(-np.abs(np.log((after_T + _TINY) / (before_T + _TINY))), kind="stable")
         for i in most[:3].tolist():
             why = ""
             if moved is not None and np.isfinite([moved.regret_T[i], moved.regret_gate_T[i]]).all():
-                regret, gate = 100 * moved.regret_T[i], 100 * moved.regret_gate_T[i]
+                regret = 100 * moved.regret_T[i]
+                gate = 100 * moved.regret_gate_T[i]
                 why = f" (regret {regret:.2f} %, gate {gate:.2f} %)"
             named.append(f"{self._names[i]} {before_T[i]:.4f} -> {after_T[i]:.4f}{why}")
         cause = f"the {self._rule_name} rule, from block {first} on; most changed: {', '.join(named)}"
@@ -131,7 +140,8 @@ class Mixing(Callback):
         return Decision(done, "mixture", None, cause, shares)
 
     def _gradients(self, done: int) -> np.ndarray:
-        topology, tasks = self._engine.topology, self._data.tasks
+        topology = self._engine.topology
+        tasks = self._data.tasks
         batches = probe_batches(tasks, self._data.chat, topology, done, _PROBE_ROWS, self._micro_batch)
         seed = self._seed + done * topology.world_size + topology.rank
         return probe_gram(self._engine, self._context, batches, len(tasks), seed, self._sketch)

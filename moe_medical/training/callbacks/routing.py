@@ -47,7 +47,8 @@ class RoutingCounts:
     def __init__(self, engine: Engine, context: RoutingContext, num_tasks: int) -> None:
         routed = deciding_layers(engine.module)
         self.layers: Sequence[str] = list(routed)
-        self._engine, self._context = engine, context
+        self._engine = engine
+        self._context = context
         self.experts = [layer.num_experts for layer in routed.values()]
         self._shape = (len(self.layers), num_tasks, max(self.experts, default=0))
         self._mass: Tensor | None = None
@@ -91,7 +92,8 @@ class RoutingCounts:
         """
         if self._mass is None:
             raise RuntimeError("`total` ends what `begin` has started")
-        summed, self._mass = self._engine.sum(self._mass), None
+        summed = self._engine.sum(self._mass)
+        self._mass = None
         return np.asarray(summed.cpu().numpy().reshape(self._shape))
 
 
@@ -120,8 +122,11 @@ class Routing(Callback):
         context: RoutingContext,
         log: RunLog,
     ) -> None:
-        self._every, self._last = config.tracking.routing_every_steps, config.training.steps
-        self._adapters, self._tasks, self._log = adapters, tasks, log
+        self._every = config.tracking.routing_every_steps
+        self._last = config.training.steps
+        self._adapters = adapters
+        self._tasks = tasks
+        self._log = log
         self._counts = RoutingCounts(engine, context, len(tasks))
         self._watch = RoutingWatch()
         self.newest: RoutingStats | None = None

@@ -26,7 +26,8 @@ class Seesaw(Callback):
     """
 
     def __init__(self, config: RunConfig, tasks: list[TaskData], log: RunLog) -> None:
-        names, section = [task.name for task in tasks], config.tracking.seesaw
+        names = [task.name for task in tasks]
+        section = config.tracking.seesaw
         reference = load_reference(section.reference, names) if section.reference else None
         self._tracker = SeesawTracker(names, section, reference)
         self._log = log
@@ -42,7 +43,8 @@ class Seesaw(Callback):
     def after_evaluation(self, evaluation: Evaluation, is_new: bool) -> None:
         if not self._log.is_main:
             return
-        seen, step = self._compare(evaluation), evaluation.step
+        seen = self._compare(evaluation)
+        step = evaluation.step
         if not is_new:
             return
         self._log.row(evaluation.values() | seen.values(), step)

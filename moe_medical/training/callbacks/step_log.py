@@ -44,10 +44,14 @@ class StepLog(Callback):
         task_losses: TaskLosses,
         router_losses: RouterLosses,
     ) -> None:
-        self._every, self._last = config.tracking.log_every_steps, config.training.steps
-        self._data, self._loader, self._topology = data, loader, topology
+        self._every = config.tracking.log_every_steps
+        self._last = config.training.steps
+        self._data = data
+        self._loader = loader
+        self._topology = topology
         self._names = [task.name for task in data.tasks]
-        self._task_losses, self._router_losses = task_losses, router_losses
+        self._task_losses = task_losses
+        self._router_losses = router_losses
         self._speed = SpeedMeter()
         self._truncated = 0
 
@@ -76,10 +80,11 @@ class StepLog(Callback):
         }
 
     def state(self, done: int) -> dict[str, Any]:
-        return {"truncated": self._truncated}
+        return {"truncated": self._truncated, "speed": self._speed.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._truncated = int(state["truncated"])
+        self._speed.load_state(state["speed"])
 
     def _loss_weights(self, factors_T: np.ndarray) -> dict[str, float]:
         """Factors of the tasks' losses, where any is not 1."""
@@ -96,7 +101,9 @@ def loss_series(names: Sequence[str], sums_3T: np.ndarray) -> dict[str, float]:
         names: T tasks.
         sums_3T: Of each: loss (nats), target tokens, samples. A task without a token is left out.
     """
-    means, weighed, samples = {}, 0.0, 0
+    means = {}
+    weighed = 0.0
+    samples = 0
     for name, (loss, tokens, rows) in zip(names, sums_3T.T.tolist(), strict=True):
         if tokens > 0:
             means[f"train_loss/{name}"] = loss / tokens
