@@ -92,7 +92,7 @@ class _Attaching:
             self._attach_linears(routed)
         else:
             self._attach_ffn_blocks(routed)
-        if routed and self._config.router == "xlora":
+        if routed and self._config.router_kind.decides_per == "text":
             attach_classifier(self._model, routed, self._config, self._seed, self.context)
 
     def _attach_linears(self, names: list[str]) -> None:

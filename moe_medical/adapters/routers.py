@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_medical.adapters.routing import Routing, SideInputs
-from moe_medical.config.presets import TASK_FEATURES, MoloraConfig
+from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.router_kinds import TASK_FEATURES
 from moe_medical.errors import ConfigError, Problem
 
 
@@ -92,12 +93,10 @@ class Router(nn.Module):
         init: First values; what a subclass draws is drawn in the order of its constructor.
     """
 
-    knows_tasks = False
-    """Whether `logits` reads the tasks of its tokens."""
-
     def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
         super().__init__()
         self.choice = Choice.of(config)
+        self.knows_tasks = config.router_kind.knows_tasks
 
     @classmethod
     def gates_per_token(cls, config: MoloraConfig) -> int:
@@ -158,8 +157,6 @@ class TaskRouter(Router):
     task is not known the mean over all. The paper's gate is dense.
     """
 
-    knows_tasks = True
-
     def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
         super().__init__(config, in_features, init)
         self.embedding = init.embedding(config.num_tasks, TASK_FEATURES)
@@ -180,8 +177,6 @@ class TaskRouter(Router):
 
 class JointRouter(TokenRouter):
     """Token and task together: z = W x + b + W_T e_j; without a task, the mean of their parts."""
-
-    knows_tasks = True
 
     def __init__(self, config: MoloraConfig, in_features: int, init: InitialValues):
         super().__init__(config, in_features, init)
@@ -256,7 +251,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hierarchical": HierarchicalRouter,
     "xlora": GivenGates,
 }
-"""`adapters.router` -> its class."""
+"""`adapters.router` -> its class, of the kind that `config.router_kinds` describes."""
 
 
 def new_router(config: MoloraConfig, in_features: int, generator: torch.Generator) -> Router:

@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from moe_medical.config.router_kinds import ROUTER_KINDS, RouterKind
 from moe_medical.config.schema import AdaptersSection
 
-TASK_FEATURES = 64
-"""Numbers that a task router knows a task by (MOELoRA, arXiv 2310.18339)."""
 FFN = r".*\.(mlp|feed_forward|ffn)\.\w+"
 ATTENTION = r".*\.(self_attn|attn|attention|self_attention)\.\w+"
 EVERY_SECOND_FFN = r".*\.\d*[02468]\.(mlp|feed_forward|ffn)\.\w+"
@@ -78,9 +77,9 @@ class MoloraConfig:
         return self.alpha / (self.rank**0.5 if self.rs_lora else self.rank)
 
     @property
-    def knows_tasks(self) -> bool:
-        """Whether the router has an embedding for each task."""
-        return self.router in ("task", "joint")
+    def router_kind(self) -> RouterKind:
+        """What is true of its router, whatever the settings."""
+        return ROUTER_KINDS[self.router]
 
     def not_under_zero3(self) -> list[str]:
         """Settings that need whole weights, or one router on many layers: not with parameters in parts."""
@@ -88,7 +87,7 @@ class MoloraConfig:
         found = {
             "experts: ffn": routed and self.experts == "ffn",
             "dora: true": self.dora,
-            "router: xlora": routed and self.router == "xlora",
+            f"router: {self.router}": routed and self.router_kind.decides_per == "text",
             "freeze_router: true": self.freeze_router,
             "freeze_experts: true": self.freeze_experts,
             "router_scope: model": routed and self.router_scope == "model",
@@ -101,7 +100,7 @@ class MoloraConfig:
             f"experts: {self.experts}": self.experts != "linear",
             "shared_a: true": self.shared_a,
             "experts_per_layer": bool(self.experts_per_layer),
-            "router: xlora": self.router == "xlora",
+            f"router: {self.router}": self.router_kind.decides_per == "text",
             "freeze_experts: true": self.freeze_experts,
         }
         return [setting for setting, used in found.items() if used and self.molora]
@@ -204,7 +203,7 @@ def resolve_adapters(section: AdaptersSection, num_tasks: int = 0) -> MoloraConf
     if "num_experts" in given and "experts_per_layer" not in given:
         given["experts_per_layer"] = ()
     resolved = replace(PRESETS[section.preset], **given)
-    return replace(resolved, num_tasks=num_tasks) if resolved.knows_tasks else resolved
+    return replace(resolved, num_tasks=num_tasks) if resolved.router_kind.knows_tasks else resolved
 
 
 def lasting_sources(section: AdaptersSection, adapters: MoloraConfig) -> AdaptersSection:

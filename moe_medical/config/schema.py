@@ -21,7 +21,6 @@ Batching = Literal["packed", "grouped", "padded"]
 TokenCache = Literal["auto", "always", "never"]
 Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
 TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
-Router = Literal["token", "task", "joint", "sequence", "threshold", "hierarchical", "xlora"]
 RouterScope = Literal["module", "block", "layer", "model"]
 Experts = Literal["linear", "block", "ffn"]
 Selection = Literal["top_k", "sample"]
@@ -70,7 +69,7 @@ class AdaptersSection:
     num_experts: Optional[int] = None
     experts_per_layer: Optional[list[int]] = None
     """Experts by depth, in equal bands of layers (MoLA), instead of `num_experts` everywhere."""
-    router: Optional[Router] = None
+    router: Optional[str] = None
     """`token`: each token chooses; `task`: each task has its own weights; `joint`: both logits added;
     `sequence`: the prompt chooses for all its tokens; `threshold`: experts above a learned threshold;
     `hierarchical`: a softmax over groups, then within each; `xlora`: gates from a pass without adapters."""

@@ -11,11 +11,11 @@ from typing import get_args
 
 from moe_medical.config.deepspeed import zero_stage
 from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
+from moe_medical.config.router_kinds import ROUTER_KINDS
 from moe_medical.config.schema import (
     AdaptersSection,
     ComputePath,
     Experts,
-    Router,
     RouterScope,
     RunConfig,
     Selection,
@@ -33,6 +33,9 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("adapters.preset", f"must be one of {', '.join(sorted(PRESETS))}", section.preset)
         return
     adapters = resolve_adapters(section)
+    if adapters.router not in ROUTER_KINDS:
+        yield Problem("adapters.router", f"must be one of {', '.join(ROUTER_KINDS)}", adapters.router)
+        return
     ranges = list(_ranges(adapters))
     yield from ranges
     for key in ("molora", "lora"):
@@ -65,15 +68,15 @@ def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
 
 def _names(a: MoloraConfig) -> Iterator[Problem]:
     known = {
-        "experts": Experts,
-        "router": Router,
-        "router_scope": RouterScope,
-        "selection": Selection,
-        "path": ComputePath,
+        "experts": get_args(Experts),
+        "router": tuple(ROUTER_KINDS),
+        "router_scope": get_args(RouterScope),
+        "selection": get_args(Selection),
+        "path": get_args(ComputePath),
     }
     for key, names in known.items():
-        rule = f"must be one of {', '.join(get_args(names))}"
-        yield from _rule(f"adapters.{key}", getattr(a, key), getattr(a, key) in get_args(names), rule)
+        value = getattr(a, key)
+        yield from _rule(f"adapters.{key}", value, value in names, f"must be one of {', '.join(names)}")
 
 
 def _ranges(a: MoloraConfig) -> Iterator[Problem]:
@@ -96,26 +99,26 @@ def _ranges(a: MoloraConfig) -> Iterator[Problem]:
 
 
 def _routers(a: MoloraConfig) -> Iterator[Problem]:
-    grouped = a.router == "hierarchical"
+    kind = a.router_kind
+    grouped = kind.has_groups
     if grouped and (a.groups < 2 or any(n % a.groups for n in a.experts_per_layer or (a.num_experts,))):
         rule = f"must be at least 2 and divide num_experts ({a.num_experts}) under a hierarchical router"
         yield Problem("adapters.groups", rule, a.groups)
     if not grouped and a.groups > 1:
         yield Problem("adapters.groups", f"must be 1 under a {a.router} router", a.groups)
-    if a.experts_per_layer and (a.router_scope == "model" or a.router == "xlora"):
+    if a.experts_per_layer and (a.router_scope == "model" or kind.decides_per == "text"):
         rule = "must be left out where one router, or classifier, serves all layers"
         yield Problem("adapters.experts_per_layer", rule, list(a.experts_per_layer))
-    if a.router == "xlora" and a.router_scope not in ("module", "model"):
+    if kind.decides_per == "text" and a.router_scope not in ("module", "model"):
         rule = "must be `module` or `model` under X-LoRA, whose classifier decides for all layers"
         yield Problem("adapters.router_scope", rule, a.router_scope)
-    if a.router in ("task", "xlora") and a.jitter:
+    if a.jitter and not kind.has_input:
         rule = f"must be 0 under a {a.router} router, which has no input of its own"
         yield Problem("adapters.jitter", rule, a.jitter)
-    if a.router == "threshold" and a.active() != a.max_experts:
-        yield Problem(
-            "adapters.top_k", "must be 0 under a threshold router, which sets their number", a.top_k
-        )
-    if a.selection == "sample" and a.router == "task":
+    if kind.chooses_number and a.active() != a.max_experts:
+        rule = f"must be 0 under a {a.router} router, which sets their number"
+        yield Problem("adapters.top_k", rule, a.top_k)
+    if a.selection == "sample" and kind.decides_per == "task":
         yield Problem(
             "adapters.selection", "must be `top_k` under a task gate: a task decides once", "sample"
         )
@@ -139,7 +142,7 @@ def _experts(a: MoloraConfig) -> Iterator[Problem]:
     if a.experts == "block" and a.shared_experts:
         rule = "must be 0 with `experts: block`: a shared expert is for single linears or full copies"
         yield Problem("adapters.shared_experts", rule, a.shared_experts)
-    if a.experts != "linear" and a.router == "xlora":
+    if a.experts != "linear" and a.router_kind.decides_per == "text":
         yield Problem("adapters.experts", "must be `linear` under X-LoRA", a.experts)
     elif a.experts != "linear" and a.router_scope not in ("block", "model"):
         rule = f"must be `block` or `model` with `experts: {a.experts}`, which are whole blocks"
@@ -162,7 +165,7 @@ def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
         rule = "must come with adapters.router_from: a router that nobody fitted would stay random"
         fix = "Fit one with `moe-medical router fit`, or set adapters.freeze_router to false."
         yield Problem("adapters.freeze_router", rule, True, fix)
-    if section.router_from and a.router not in ("token", "sequence"):
+    if section.router_from and not a.router_kind.can_be_fitted:
         rule = f"must be left out under a {a.router} router: what is fitted is a token or sequence router"
         yield Problem("adapters.router_from", rule, section.router_from)
     folders = section.experts_from or []
@@ -187,7 +190,7 @@ def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
 
 def _losses(a: MoloraConfig) -> Iterator[Problem]:
     active = [name for name in _COEFFICIENTS if getattr(a, f"{name}_coefficient")]
-    if a.router == "xlora":
+    if a.router_kind.decides_per == "text":
         for name in active:
             yield Problem(
                 f"adapters.{name}_coefficient", "must be 0 under X-LoRA, which routes no token", name
@@ -205,7 +208,7 @@ def _losses(a: MoloraConfig) -> Iterator[Problem]:
 def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
     """What the engine cannot do with these adapters."""
     parallel = config.parallel
-    lends = bool(a.molora) and (a.router_scope == "model" or a.router == "xlora")
+    lends = bool(a.molora) and (a.router_scope == "model" or a.router_kind.decides_per == "text")
     if lends and config.training.activation_checkpointing == "reentrant":
         rule = "must not be `reentrant` with a router for the whole model: its gradient would come in parts"
         yield Problem("training.activation_checkpointing", rule, "reentrant", "Use non_reentrant.")

@@ -131,7 +131,7 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
 
 def _readme(adapter: OpenedAdapter) -> str:
     config = adapter.config
-    gated = config.router in ("task", "joint") and adapter.routed
+    gated = config.router_kind.knows_tasks and adapter.routed
     rows = 'with loaded.rows(tasks=["TASK"]):\n    ' if gated else ""
     return (
         f"# {adapter.folder.name}\n\n"

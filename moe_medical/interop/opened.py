@@ -168,7 +168,7 @@ def check_fixed(adapter: OpenedAdapter, task: str | None = None, gate: Sequence[
         if task is not None:
             raise ConfigError("the gate", [Problem("gate", "must be given alone, without a task", task)])
         return
-    if adapter.routed and config.router != "task":
+    if adapter.routed and config.router_kind.decides_per != "task":
         # Each token of such a model has weights of its own: no matrix holds them all.
         names = adapter.routed
         examples = ", ".join(names[:_NUM_EXAMPLES]) + (", ..." if len(names) > _NUM_EXAMPLES else "")
@@ -190,7 +190,7 @@ def task_number(adapter: OpenedAdapter, task: str | None) -> int | None:
     known = adapter.tasks
     if task is not None and task not in known:
         raise adapter.refused("task", f"must be one of {', '.join(known)}", task)
-    gated = adapter.config.router == "task" and bool(adapter.routed)
+    gated = adapter.config.router_kind.decides_per == "task" and bool(adapter.routed)
     if gated and task is None:
         rule = f"must be given, for the experts are weighed by task: one of {', '.join(known)}"
         raise adapter.refused("task", rule)

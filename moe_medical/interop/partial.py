@@ -151,7 +151,9 @@ def _with_routers(
         if not blocks.keys() <= modules.keys():
             _refuse_to_cut_blocks(config, only)
         return kept | {block: modules[block] for block in blocks}
-    if config.router == "xlora":  # one classifier for the whole model, which is no adapted linear
+    if (
+        config.router_kind.decides_per == "text"
+    ):  # one classifier for the whole model, which is no adapted linear
         if {name for name, tensors in modules.items() if is_routed(tensors)} != set(routed):
             rule = "must keep all routed modules of X-LoRA, whose gates come from one classifier"
             raise _refused(only, rule)
@@ -168,7 +170,7 @@ def _with_routers_of_groups(
     for name, tensors in kept.items():
         found[name] = {role: t for role, t in tensors.items() if role.partition(".")[0] != ROUTER}
     for owner in dict.fromkeys(group.owner for group in router_groups(routed, config.router_scope).values()):
-        if before[owner] != owner and config.router != "task":
+        if before[owner] != owner and config.router_kind.decides_per != "task":
             # A task gate reads no layer's input and may stand anywhere; another would read another input.
             raise _refused(only, f"must keep {before[owner]}, whose input the router of others reads")
         own = router_tensors(modules[before[owner]])

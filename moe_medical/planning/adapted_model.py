@@ -17,7 +17,7 @@ from moe_medical.adapters.placement import (
     shared_input_groups,
 )
 from moe_medical.base_model.known_shapes import BaseShape
-from moe_medical.config.presets import TASK_FEATURES, MoloraConfig
+from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import Checkpointing, Dtype, RunConfig
 
 FLOAT32 = 4
@@ -163,7 +163,7 @@ class AdaptedModel:
 
     def _classifier(self) -> int:
         """X-LoRA's, for all layers."""
-        if self.adapters.router != "xlora" or not self.routed:
+        if self.adapters.router_kind.decides_per != "text" or not self.routed:
             return 0
         depth = 1 if self.adapters.router_scope == "model" else len(self.routed)
         return depth * self.adapters.num_experts * (self.base.hidden + 1)
@@ -198,7 +198,8 @@ class AdaptedModel:
         """Numbers in each parameter of a layer's router; none where another layer's is used."""
         if name not in self._router_owners or self.adapters.freeze_router:
             return ()
-        return router_sizes(self.settings(name), self.base.linears[name].in_features)
+        settings = self.settings(name)
+        return settings.router_kind.sizes(settings, self.base.linears[name].in_features)
 
     def layer_parameters(self, name: str) -> int:
         """Parameters of an adapted layer, all experts counted."""
@@ -244,22 +245,6 @@ class AdaptedModel:
         shapes = [self.base.linears[name] for name in names]
         needs_grad = workload.input_needs_grad or not any(name in self.front for name in names)
         return RoutedGroup(shapes[0].in_features, tuple(s.out_features for s in shapes), needs_grad)
-
-
-def router_sizes(at: MoloraConfig, in_features: int) -> tuple[int, ...]:
-    """Numbers in each parameter of a router. X-LoRA's classifier is left out: it is no layer's."""
-    experts = at.num_experts
-    token = (experts * in_features, experts) if at.router_bias else (experts * in_features,)
-    tasks = (at.num_tasks * TASK_FEATURES, experts * TASK_FEATURES)
-    groups = (at.groups * in_features, at.groups) if at.router_bias else (at.groups * in_features,)
-    known: dict[str, tuple[int, ...]] = {
-        "xlora": (),
-        "task": tasks,
-        "joint": (*token, *tasks),
-        "threshold": (*token, in_features, 1),
-        "hierarchical": (*token, *groups),
-    }
-    return known.get(at.router, token)
 
 
 def reach(num_experts: int, top_k: int, ep_size: int, members: int = 1) -> float:

@@ -90,7 +90,7 @@ class Adapted:
     @property
     def needs_rows(self) -> bool:
         """Whether the router asks for more than the tokens: their task, or where their prompt ends."""
-        return self.config.knows_tasks or self.config.router == "sequence"
+        return self.config.router_kind.knows_tasks or self.config.router_kind.decides_per == "prompt"
 
     def task_numbers(self, task: str | None, setting: str) -> tuple[int, ...]:
         """Numbers of the tasks of one prompt, none where the router knows no tasks.
@@ -108,13 +108,13 @@ class Adapted:
         known = ", ".join(self.tasks)
         if task is not None:
             given = [name.strip() for name in task.split(",")]
-        elif self.config.knows_tasks and self.config.unknown_task not in ("mean", "refuse"):
+        elif self.config.router_kind.knows_tasks and self.config.unknown_task not in ("mean", "refuse"):
             given = [self.config.unknown_task]  # a task that stands in for any other
         else:
             given = []
         if unknown := [name for name in given if name not in self.tasks]:
             raise ConfigError("adapter", [Problem(setting, f"must be one of {known}", unknown[0])])
-        if not self.config.knows_tasks:
+        if not self.config.router_kind.knows_tasks:
             return ()
         if not given and self.config.unknown_task == "refuse":
             rule = f"must be given, for experts are chosen by task: one of {known}"
@@ -134,7 +134,9 @@ class Adapted:
             rows: Their tokens go to `Row.take` as they come.
             tasks: Of each row, from `task_numbers`.
         """
-        cache = self.config.router != "xlora"  # which reads the whole text again for each token
+        cache = (
+            self.config.router_kind.decides_per != "text"
+        )  # which reads the whole text again for each token
         continue_rows(self.model, rows, self.chat, lambda mask_BS: self._bound(tasks, mask_BS), cache)
 
     def _bound(
@@ -143,7 +145,7 @@ class Adapted:
         """What the router is told beside the tokens, while one batch is continued."""
         if not self.needs_rows:
             return nullcontext()
-        if not self.config.knows_tasks:
+        if not self.config.router_kind.knows_tasks:
             return self.context.bind(BatchInputs.of_rows(None, prompt_mask_BS))
         width = max(map(len, tasks))  # M, as many tasks as any row has; -1 fills the others up
         padded = [[*numbers, *[-1] * (width - len(numbers))] for numbers in tasks]

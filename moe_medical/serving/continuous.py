@@ -42,7 +42,7 @@ class ContinuousBatching:
 
     def check(self, name: str, adapted: Adapted) -> None:
         """See `Batching`."""
-        if adapted.needs_rows or adapted.config.router == "xlora":
+        if adapted.needs_rows or adapted.config.router_kind.decides_per == "text":
             rule = (
                 f"must be together, for the {adapted.config.router} router of {name} needs to know whole rows"
             )

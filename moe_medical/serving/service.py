@@ -54,7 +54,7 @@ class Service:
         """Adapters, and each task of those that know tasks."""
         found = []
         for name, adapted in list(self._adapters.items()):  # a copy: adapters come and go
-            tasks = adapted.tasks if adapted.config.knows_tasks else ()
+            tasks = adapted.tasks if adapted.config.router_kind.knows_tasks else ()
             found += [name, *(f"{name}/{task}" for task in tasks)]
         return found
 

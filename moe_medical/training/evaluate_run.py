@@ -140,7 +140,7 @@ def _load_subject(
     context = None
     if adapter is not None:
         adapters, meta, state = load_adapter(adapter)
-        if adapters.knows_tasks:
+        if adapters.router_kind.knows_tasks:
             _check_known(adapter, names, meta["tasks"])
         if only:
             adapters, state = restrict_adapter(adapters, state, only, adaptable_modules(model))

@@ -83,7 +83,7 @@ def fit_router(run: Path, overrides: Sequence[str], out: Path, labels: str = "ta
 
 def _check(adapters: MoloraConfig, order: Sequence[str]) -> None:
     problems = []
-    if adapters.router not in ("token", "sequence"):
+    if not adapters.router_kind.can_be_fitted:
         rule = "must be token or sequence: only a linear router can be fitted"
         problems.append(Problem("adapters.router", rule, adapters.router))
     if adapters.experts_per_layer:
@@ -154,7 +154,7 @@ def _features(
     topology = start_alone(config.parallel)
     model = load_base(base, config.model.dtype, config.model.quantization).to(topology.device).eval()
     heads = _heads(model, adapters)
-    of_prompts = adapters.router == "sequence"
+    of_prompts = adapters.router_kind.decides_per == "prompt"
     found = {name: [torch.empty(0)] * len(drawn) for name in heads}
     shown = [_shown(row.encoded, of_prompts) for row in drawn]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i].input_ids))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from moe_medical.adapters.model import adapter_parameters, load_adapter_state, t
 from moe_medical.adapters.routers import ROUTERS, InitialValues, Router
 from moe_medical.adapters.routing import SideInputs
 from moe_medical.base_model.known_shapes import llama_shape
-from moe_medical.config import MoloraConfig, validate_adapters
+from moe_medical.config import MoloraConfig
+from moe_medical.config.router_kinds import ROUTER_KINDS, RouterKind
 from moe_medical.data.batches import collate
 from moe_medical.errors import ConfigError
 from moe_medical.planning.adapted_model import AdaptedModel
@@ -41,10 +41,9 @@ class DistanceRouter(Router):
 
 @pytest.fixture
 def distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The places: the class and its row in `routers.py`, and its name among those of `config/schema.py`."""
+    """The places: its kind in `config/router_kinds.py`; its class and the row in `adapters/routers.py`."""
+    monkeypatch.setitem(ROUTER_KINDS, "distance", RouterKind())
     monkeypatch.setitem(ROUTERS, "distance", DistanceRouter)
-    names: Any = Literal[(*get_args(validate_adapters.Router), "distance")]
-    monkeypatch.setattr(validate_adapters, "Router", names)
 
 
 @pytest.mark.usefixtures("distance")

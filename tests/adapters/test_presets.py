@@ -33,7 +33,7 @@ def preset(name: str, **settings: object) -> MoloraConfig:
     """With small ranks, three tasks, and no dropout."""
     rank = 16 if name == "moelora" else 4
     config = replace(PRESETS[name], **{"rank": rank, "alpha": 6.0, "dropout": 0.0, **settings})
-    return replace(config, num_tasks=3) if config.knows_tasks else config
+    return replace(config, num_tasks=3) if config.router_kind.knows_tasks else config
 
 
 CASES = {

@@ -10,9 +10,8 @@ from moe_medical.adapters.layer import MoloraLinear, Target
 from moe_medical.adapters.routers import new_router
 from moe_medical.adapters.routing import BatchInputs
 from moe_medical.config import MoloraConfig, resolve_adapters
-from moe_medical.config.presets import TASK_FEATURES
+from moe_medical.config.router_kinds import TASK_FEATURES
 from moe_medical.config.schema import AdaptersSection
-from moe_medical.planning.adapted_model import router_sizes
 
 D, F, EXPERTS, TASKS = 12, 20, 4, 3
 
@@ -91,7 +90,7 @@ def test_parameters_are_counted_and_the_preset_stays_a_token_router() -> None:
     section = AdaptersSection(router="task", num_experts=EXPERTS)
     adapters = resolve_adapters(section, TASKS)
     router = new_router(adapters, D, torch.Generator())
-    assert router_sizes(adapters, D) == tuple(p.numel() for p in router.parameters())
-    assert sum(router_sizes(adapters, D)) == TASK_FEATURES * (TASKS + EXPERTS)
+    assert adapters.router_kind.sizes(adapters, D) == tuple(p.numel() for p in router.parameters())
+    assert sum(adapters.router_kind.sizes(adapters, D)) == TASK_FEATURES * (TASKS + EXPERTS)
     assert resolve_adapters(AdaptersSection(), TASKS).num_tasks == 0
     assert resolve_adapters(AdaptersSection()).router == "token"

@@ -157,7 +157,7 @@ class Routing(Callback):
             self._tasks,
             self._counts.layers,
             top_k=self._adapters.active(),
-            per_task=self._adapters.router == "task",
+            per_task=self._adapters.router_kind.decides_per == "task",
             experts=self._counts.experts,
         )
         self.step = done
