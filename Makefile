@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GOLDEN_PYTHON ?= $(BIN)/python
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: install quickstart test check format golden golden-record benchmark clean
+.PHONY: install quickstart test check format golden golden-record golden-names benchmark clean
 
 install: $(VENV)/.installed
 
@@ -36,8 +36,8 @@ format: install
 	$(BIN)/ruff check --fix .
 
 # Short runs that must give the very same bits as at an older commit: `make golden BASE=main ONLY=packed,zero3`.
-golden golden-record: export OMP_NUM_THREADS = 1
-golden golden-record: export PYTHONPATH = $(CURDIR)/tests:$(CURDIR)
+golden golden-record golden-names: export OMP_NUM_THREADS = 1
+golden golden-record golden-names: export PYTHONPATH = $(CURDIR)/tests:$(CURDIR)
 golden:
 	$(if $(BASE),,$(error BASE=<commit> is needed))
 	$(GOLDEN_PYTHON) -m golden.compare $(BASE) $(if $(ONLY),--only $(ONLY))
@@ -45,6 +45,10 @@ golden:
 # Rewrites tests/golden/golden.json and frozen.json; CHANGELOG.md has to say why.
 golden-record:
 	$(GOLDEN_PYTHON) -m golden.run --record
+
+# frozen.json alone, where names have changed and no number.
+golden-names:
+	$(GOLDEN_PYTHON) -m golden.run --record-names
 
 # data_pipeline.py, mixing.py, seesaw.py and tracking_overhead.py read the task sets in $MOE_MEDICAL_DATA.
 benchmark: install

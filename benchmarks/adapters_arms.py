@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
-from moe_medical.config.presets import FFN, MoloraConfig
+from moe_medical.config.adapters import FFN, MoloraConfig
 
 BASE, FLOOR = "base", "base, backward as of adapters"
 TOKEN, TASK, BLOCK = "ours token", "ours task", "ours block"

@@ -38,7 +38,7 @@ from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.embedded import EMBEDDED_NAME
 from moe_medical.base_model.load import load_base
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.interop.merge import merge_adapter
 

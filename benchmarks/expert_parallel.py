@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.known_shapes import shape_of
-from moe_medical.config import RunConfig, resolve_adapters
+from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.data.batches import IGNORE, Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import start_distributed, stop_distributed
@@ -128,7 +128,7 @@ class Arm:
 
     def __init__(self, name: str, case: Case, base: str) -> None:
         self.name, self.config = name, configure(name, case, base)
-        self.adapters = resolve_adapters(self.config.adapters)
+        self.adapters = self.config.adapters
         self.topology = start_distributed(self.config.parallel)
         self.base = locate_base(self.config.model)
         self.engine, self.context = assemble(
@@ -170,8 +170,7 @@ def configure(arm: str, case: Case, base: str) -> RunConfig:
     config = RunConfig()
     config.run.seed = SEED
     config.model.name = base
-    config.adapters.num_experts, config.adapters.rank, config.adapters.alpha = case.experts, case.rank, 32.0
-    config.adapters.dropout = 0.0
+    config.adapters = MoloraConfig(num_experts=case.experts, rank=case.rank, alpha=32.0, dropout=0.0)
     config.training.micro_batch = case.tokens // ROW
     config.training.global_batch = config.training.micro_batch * case.world
     config.parallel.device, config.parallel.ranks = "cpu", case.world

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_medical.config.presets import MoloraConfig
-from moe_medical.config.validate_adapters import value_problems
+from moe_medical.config.adapter_rules import value_problems
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, DataError, Problem, SecurityRefusal
 from moe_medical.files import new_folder
 
@@ -53,7 +52,7 @@ def save_adapter(
     if problems := _meta_problems(meta):
         raise ConfigError(str(folder), problems)
     refuse_foreign(folder, (CONFIG_FILE, WEIGHTS_FILE), "save adapter", "an adapter's")
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": asdict(config), "meta": meta}
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.saved(), "meta": meta}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     with new_folder(folder, replace=True) as draft:
         (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -153,7 +152,7 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
         raise ConfigError(str(path), [problem])
     config, meta = _object(header.get("config")), _object(header.get("meta"))
     if header["format_version"] < FORMAT_VERSION:  # what is not there did not exist: it has its default
-        config = asdict(MoloraConfig()) | config
+        config = _DEFAULTS.saved() | config
     problems = _key_problems("", header, {"format", "format_version", "config", "meta"})
     problems += _config_problems(config) + _meta_problems(meta)
     if problems:
@@ -172,8 +171,8 @@ def _as_typed(value: Any, key: str) -> Any:
 
 
 def _config_problems(config: dict[str, Any]) -> list[Problem]:
-    problems = _key_problems("config.", config, {field.name for field in fields(MoloraConfig)})
-    for name, default in asdict(MoloraConfig()).items():
+    problems = _key_problems("config.", config, set(_DEFAULTS.saved()))
+    for name, default in _DEFAULTS.saved().items():
         if name in config and not _same_type(config[name], default):
             problems.append(Problem(f"config.{name}", f"must be like {default!r}", config[name]))
     return problems

@@ -28,7 +28,7 @@ from moe_medical.adapters.experts import ExpertPath, ExpertShape, LoraFactors, a
 from moe_medical.adapters.losses import router_loss_tap
 from moe_medical.adapters.routers import ROUTERS, Router, new_router
 from moe_medical.adapters.routing import RouterGroup, Routing, RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ from moe_medical.adapters.placement import AdapterKind, depth_of, match_modules,
 from moe_medical.adapters.routers import Router, TokenRouter
 from moe_medical.adapters.routing import RouterGroup, RoutingContext
 from moe_medical.adapters.xlora import attach_classifier
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
 

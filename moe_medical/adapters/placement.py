@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
 AdapterKind = Literal["molora", "lora"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_medical.adapters.routing import Routing, SideInputs
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.router_kinds import TASK_FEATURES
 from moe_medical.errors import ConfigError, Problem
 

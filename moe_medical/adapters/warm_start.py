@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,35 +21,30 @@ from moe_medical.adapters.fitted_router import load_router
 from moe_medical.adapters.folder import load_adapter
 from moe_medical.adapters.layer import LoraLinear, MoloraLinear, Routed, rows_of
 from moe_medical.adapters.model import adapter_modules
-from moe_medical.config.presets import MoloraConfig
-from moe_medical.config.schema import AdaptersSection
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
 _NOISE = 0.1
 """Deviation of the noise on copies, relative to that of the copied numbers, where the user says none."""
 
 
-def with_labels(config: MoloraConfig, section: AdaptersSection) -> MoloraConfig:
-    """The settings with the labels of the fitted router, if there is one."""
-    if not section.router_from:
-        return config
-    return replace(config, labels=load_router(Path(section.router_from)).labels)
+def labels_of(config: MoloraConfig) -> tuple[str, ...]:
+    """What the experts of the fitted router stand for, if the settings name one."""
+    return load_router(Path(config.router_from)).labels if config.router_from else ()
 
 
 @torch.no_grad()
-def start_from(
-    model: nn.Module, config: MoloraConfig, section: AdaptersSection, seed: int, shard: ExpertShard | None
-) -> None:
-    """Put the values of the folders that a run names into a model whose adapters are new.
+def start_from(model: nn.Module, config: MoloraConfig, seed: int, shard: ExpertShard | None) -> None:
+    """Put the values of the folders that the settings name into a model whose adapters are new.
 
     Raises:
         ConfigError: A folder does not fit the model; names every tensor.
     """
-    if section.router_from:
-        _start_routers(model, config, Path(section.router_from))
-    if section.experts_from:
-        noise = _NOISE if section.start_noise is None else section.start_noise
-        loras = [_TrainedLora.read(Path(folder)) for folder in section.experts_from]
+    if config.router_from:
+        _start_routers(model, config, Path(config.router_from))
+    if config.experts_from:
+        noise = _NOISE if config.start_noise is None else config.start_noise
+        loras = [_TrainedLora.read(Path(folder)) for folder in config.experts_from]
         _start_experts(model, loras, noise, seed, shard or ExpertShard())
 
 

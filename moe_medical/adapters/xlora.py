@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_medical.adapters.layer import AdapterModule
 from moe_medical.adapters.routers import Choice, InitialValues, linear_float32
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 
 CLASSIFIER = "xlora_classifier"
 

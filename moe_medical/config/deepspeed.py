@@ -147,6 +147,14 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def stage_of_file(path: Path | str) -> int:
+    """The same of a file; 0 where it cannot be read, which the rules tell by themselves."""
+    try:
+        return zero_stage(read_deepspeed(path))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
+
+
 def offloads(settings: Mapping[str, Any], section: str) -> bool:
     """Whether a DeepSpeed JSON moves what `section` (offload_optimizer, offload_param) names off the GPU."""
     part = settings.get("zero_optimization", {}).get(section) or {}

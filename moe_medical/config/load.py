@@ -1,4 +1,4 @@
-"""Run file + command-line overrides -> RunConfig, with every mistake reported at once.
+"""Defaults <- preset of the adapters <- run file <- command line: a RunConfig, or every mistake at once.
 
 Each value is merged on its own, so one wrong key does not hide the next. Paths in a run file are
 relative to that file and become absolute here, once.
@@ -17,8 +17,9 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moe_medical.config.adapters import MoloraConfig, preset_for, run_file_keys
+from moe_medical.config.rules import validate
 from moe_medical.config.schema import RunConfig, TaskOverride
-from moe_medical.config.validate import validate
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.files import write_file
 
@@ -32,11 +33,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every problem found in the file, the overrides and their combination.
     """
     path = Path(path)
-    merged = OmegaConf.structured(RunConfig)
     problems: list[Problem] = []
-    for origin, tree in [("", _read_yaml(path)), *(_parse_override(o, problems) for o in overrides)]:
-        for key, value in _leaves(tree):
-            problems += [p for p in _set(merged, key, value, origin) if p not in problems]
+    trees = [("", _read_yaml(path)), *(_parse_override(o, problems) for o in overrides)]
+    leaves = [(key, value, origin) for origin, tree in trees for key, value in _leaves(tree)]
+    preset = _preset_of(leaves)
+    merged = OmegaConf.structured(RunConfig(adapters=preset))
+    OmegaConf.set_readonly(merged.adapters, False)  # frozen once they are resolved, which happens here
+    for key, value, origin in leaves:
+        section, _, name = key.partition(".")
+        if section == "adapters" and value is None:  # null takes the preset's value
+            value = getattr(preset, name, None)
+        problems += [p for p in _set(merged, key, value, origin) if p not in problems]
     problems += _reset_unresolvable(merged)
     config = typing.cast(RunConfig, OmegaConf.to_object(merged))
     _anchor_paths(config, path.parent)
@@ -47,9 +54,23 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def _preset_of(leaves: Sequence[tuple[str, Any, str]]) -> MoloraConfig:
+    """The adapters' preset, into which the settings that are given go."""
+    section = "adapters."
+    given = {key.removeprefix(section): v for key, v, _ in leaves if key.startswith(section)}
+    return preset_for({key: value for key, value in given.items() if value is not None})
+
+
+def run_file_tree(config: RunConfig) -> dict[str, Any]:
+    """The config as a run file has it: without what follows from the data."""
+    tree = dataclasses.asdict(config)
+    tree["adapters"] = {key: tree["adapters"][key] for key in run_file_keys()}
+    return tree
+
+
 def save_config(config: RunConfig, path: Path, mode: int | None = None) -> None:
     """Write the resolved config as YAML that `load_config` reads back; `mode` are the file's permissions."""
-    write_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)), mode)
+    write_file(path, OmegaConf.to_yaml(OmegaConf.create(run_file_tree(config))), mode)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -114,7 +135,8 @@ def _type_at(key: str) -> Any:
         if typing.get_origin(current) is dict:
             current = typing.get_args(current)[1]
         elif dataclasses.is_dataclass(current):
-            current = typing.get_type_hints(current).get(part)
+            known = {field.name for field in _fields(current)}
+            current = typing.get_type_hints(current).get(part) if part in known else None
         else:
             return None
     return current
@@ -134,7 +156,9 @@ def _unknown_key(key: str) -> Problem | None:
 
 
 def _fields(kind: Any) -> Sequence[Any]:
-    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    """Those that a run file may have."""
+    every = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [field for field in every if "derived" not in field.metadata]
 
 
 def _reset_unresolvable(config: DictConfig) -> list[Problem]:
@@ -146,7 +170,9 @@ def _reset_unresolvable(config: DictConfig) -> list[Problem]:
             problems.append(problem)
             section, _, name = key.rpartition(".")
             holder = OmegaConf.select(config, section) if section else config
-            default = getattr(OmegaConf.get_type(holder)(), name)
+            default = getattr(
+                OmegaConf.get_type(holder)(), name
+            )  # of adapters ming_moe's: the run is refused
             holder[name] = "" if default == MISSING else default
     return problems
 
@@ -170,11 +196,12 @@ def _anchor_paths(config: RunConfig, base: Path) -> None:
     seesaw = config.tracking.seesaw
     if seesaw.reference:
         seesaw.reference = str((base / seesaw.reference).resolve())
-    adapters = config.adapters
-    if adapters.router_from:
-        adapters.router_from = str((base / adapters.router_from).resolve())
-    if adapters.experts_from:
-        adapters.experts_from = [str((base / folder).resolve()) for folder in adapters.experts_from]
+    router = config.adapters.router_from
+    config.adapters = dataclasses.replace(
+        config.adapters,
+        router_from=str((base / router).resolve()) if router else None,
+        experts_from=tuple(str((base / folder).resolve()) for folder in config.adapters.experts_from),
+    )
     local = base / config.model.name
     if config.model.name.startswith((".", "/")) or local.is_dir():
         config.model.name = str(local.resolve())

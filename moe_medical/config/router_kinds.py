@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from moe_medical.config.presets import MoloraConfig
+    from moe_medical.config.adapters import MoloraConfig
 
 TASK_FEATURES = 64
 """Numbers that a task router knows a task by (MOELoRA, arXiv 2310.18339)."""

@@ -1,13 +1,17 @@
 """The run file as typed sections. Each key has one owner: what is here is not in the DeepSpeed JSON.
 
 The dataclasses are OmegaConf structured configs: types and misspelt keys are checked on merge,
-ranges and cross-field rules by `validate.py`. Nothing here imports torch.
+ranges, which stand beside the fields, and cross-field rules by `rules.py`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Optional
+
+from moe_medical.config.adapters import MoloraConfig
+from moe_medical.config.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, within
 
 Dtype = Literal["float32", "bfloat16"]
 ResumeMode = Literal["auto", "must", "never"]
@@ -21,10 +25,6 @@ Batching = Literal["packed", "grouped", "padded"]
 TokenCache = Literal["auto", "always", "never"]
 Normalise = Literal["task_token_mean", "token_mean", "example_mean"]
 TaskWeighting = Literal["none", "dwa", "uncertainty", "famo"]
-RouterScope = Literal["module", "block", "layer", "model"]
-Experts = Literal["linear", "block", "ffn"]
-Selection = Literal["top_k", "sample"]
-ComputePath = Literal["auto", "concat", "grouped", "triton"]
 Quantization = Literal["none", "int8", "bnb8", "bnb4"]
 Choices = Literal["generated", "likelihood"]
 GuardAction = Literal["none", "reweight", "freeze", "stop"]
@@ -32,6 +32,8 @@ Surgery = Literal["none", "pcgrad", "upgrad", "imtl_g", "mgda", "aligned_mtl", "
 
 MAX_PREFETCH_STEPS = 8
 """Steps that may be read ahead; a dynamic mixture changes none of them."""
+_CAP = within("must be > 0 or null", lambda v: v > 0)
+_BETAS = within("must be two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 
 
 @dataclass
@@ -59,98 +61,14 @@ class ModelSection:
 
 
 @dataclass
-class AdaptersSection:
-    """Which linear layers get low-rank experts, and how they are routed. None takes the preset's value."""
-
-    preset: str = "ming_moe"
-    experts: Optional[Experts] = None
-    """`linear`: low-rank experts in each linear layer; `block`: low-rank experts of a whole FFN block, each
-    with its own activations (MixLoRA); `ffn`: full copies of the FFN block (Med-MoE)."""
-    num_experts: Optional[int] = None
-    experts_per_layer: Optional[list[int]] = None
-    """Experts by depth, in equal bands of layers (MoLA), instead of `num_experts` everywhere."""
-    router: Optional[str] = None
-    """`token`: each token chooses; `task`: each task has its own weights; `joint`: both logits added;
-    `sequence`: the prompt chooses for all its tokens; `threshold`: experts above a learned threshold;
-    `hierarchical`: a softmax over groups, then within each; `xlora`: gates from a pass without adapters."""
-    router_scope: Optional[RouterScope] = None
-    """Modules that share one decision: each linear its own, those of one block, those of one layer; `model`
-    shares the router's weights between all layers too."""
-    router_bias: Optional[bool] = None
-    top_k: Optional[int] = None
-    """Experts that each token, or task, uses; 0 for all, a dense gate."""
-    renormalise: Optional[bool] = None
-    """Whether the gates of the chosen experts sum to 1; else they are their shares of the full softmax."""
-    selection: Optional[Selection] = None
-    """Of the chosen in training: the largest, or a sample without replacement; elsewhere the largest."""
-    temperature: Optional[float] = None
-    """Divides the router's logits."""
-    jitter: Optional[float] = None
-    """In training the router's input is multiplied by U(1 - jitter, 1 + jitter)."""
-    groups: Optional[int] = None
-    """Groups of experts of a hierarchical router."""
-    unknown_task: Optional[str] = None
-    """What a task gate does without a task: `mean` of the tasks' logits, `refuse`, or as the task named."""
-    freeze_router: Optional[bool] = None
-    """Keep the router as it was loaded from `router_from`."""
-    router_from: Optional[str] = None
-    """Folder of a fitted router, with its label map (`moe-medical router fit`)."""
-    rank: Optional[int] = None
-    rank_split: Optional[bool] = None
-    """Whether `rank` is that of all experts together (MOELoRA) rather than of each."""
-    shared_a: Optional[bool] = None
-    """One A for all experts, each with its own B (HydraLoRA)."""
-    shared_experts: Optional[int] = None
-    """Experts that every token uses beside those it chose (the meta expert of Med-MoE)."""
-    shared_weight: Optional[float] = None
-    """Gate of the shared experts."""
-    learn_shared_weight: Optional[bool] = None
-    """Whether that gate is trained."""
-    alpha: Optional[float] = None
-    """Scaling of the delta is alpha / rank, or alpha / sqrt(rank) with `rs_lora`."""
-    rs_lora: Optional[bool] = None
-    """Rank-stabilised scaling."""
-    dora: Optional[bool] = None
-    """Weight-decomposed plain LoRA (layers of `lora` only: a token's gate would change the norm)."""
-    init_std: Optional[float] = None
-    """A starts normal with this deviation; 0 is kaiming-uniform. B starts at zero."""
-    dropout: Optional[float] = None
-    experts_from: Optional[list[str]] = None
-    """Adapter folders to start from: one plain LoRA that all experts copy, or one for each expert."""
-    start_noise: Optional[float] = None
-    """Deviation of the noise on copies of one LoRA, relative to theirs: alike they would stay alike."""
-    freeze_experts: Optional[bool] = None
-    """Train routers and what shares no name with an expert only (X-LoRA)."""
-    path: Optional[ComputePath] = None
-    """How experts are computed: all at once, chosen ones grouped, fused kernels; `auto` decides by layer."""
-    molora: Optional[list[str]] = None
-    """Regular expressions; a linear whose full module name matches one gets routed experts. With `experts:
-    block` or `ffn` they name the FFN blocks' linears, and each block is adapted whole."""
-    lora: Optional[list[str]] = None
-    """Regular expressions; a linear whose full module name matches one gets one plain LoRA."""
-    balance_coefficient: Optional[float] = None
-    """Weight of the load-balance loss E * sum_i f_i P_i, averaged over layers."""
-    z_coefficient: Optional[float] = None
-    """Weight of the router z-loss mean(logsumexp(logits)^2), averaged over layers."""
-    entropy_coefficient: Optional[float] = None
-    """Weight of the mean entropy of a token's softmax, averaged over layers: decided gates."""
-    divergence_coefficient: Optional[float] = None
-    """Weight of minus the generalised Jensen-Shannon divergence of the tokens' softmaxes (HMoRA)."""
-    localized_coefficient: Optional[float] = None
-    """Weight of LoRAMoE's localized balance: the squared coefficient of variation of weighted gates."""
-    localized_delta: Optional[float] = None
-    """Its weights are 1 + delta where task and expert are of one kind, else 1 - delta."""
-    localized_tasks: Optional[list[str]] = None
-    """Tasks of the first kind, whose experts are the first half; all others are of the second."""
-
-
-@dataclass
 class TaskOverride:
     """What a run changes about one task of its recipe."""
 
-    weight: float = 1.0
+    weight: float = field(
+        default=1.0, metadata=within("must be finite and not negative", lambda v: 0 <= v < math.inf)
+    )
     """Multiplies the task's share after the mixing rule."""
-    max_repeats: Optional[float] = None
+    max_repeats: Optional[float] = field(default=None, metadata=_CAP)
     """Epochs of the task at most; None takes the task's or the mixture's."""
 
 
@@ -160,15 +78,17 @@ class DynamicMixSection:
 
     rule: DynamicRule = "none"
     """`regret` answers the seesaw, `odm` follows the training loss (EXP3), `doge` the tasks' gradients."""
-    every_blocks: int = 1
+    every_blocks: int = field(default=1, metadata=AT_LEAST_ONE)
     """Blocks between two decisions."""
-    rate: float = 1.0
+    rate: float = field(default=1.0, metadata=POSITIVE)
     """Step size of a decision."""
-    smoothing: float = 0.9
+    smoothing: float = field(default=0.9, metadata=SHARE)
     """Of the measured rewards from decision to decision, in [0, 1): 0 keeps none of the past."""
-    low: float = 0.25
+    low: float = field(default=0.25, metadata=within("must be > 0 and at most 1", lambda v: 0 < v <= 1))
     """A share is at least so many times the static rule's."""
-    high: float = 4.0
+    high: float = field(
+        default=4.0, metadata=within("must be finite and at least 1", lambda v: 1 <= v < math.inf)
+    )
     """A share is at most so many times the static rule's."""
 
 
@@ -179,27 +99,29 @@ class MixSection:
     rule: StaticRule = "temperature"
     by: Literal["examples", "tokens"] = "examples"
     """What a share counts: samples, or their tokens."""
-    temperature: float = 2.0
+    temperature: float = field(default=2.0, metadata=POSITIVE)
     """Rules `temperature` and `cap`: a share is proportional to size ** (1 / temperature)."""
-    temperature_from: Optional[float] = None
+    temperature_from: Optional[float] = field(
+        default=None, metadata=within("must be finite and > 0, or null", lambda v: 0 < v < math.inf)
+    )
     """Temperature of the first block; goes in equal steps of 1 / temperature to `temperature`."""
-    temperature_blocks: int = 16
+    temperature_blocks: int = field(default=16, metadata=AT_LEAST_ONE)
     """Blocks over which it does."""
-    cap: int = 16384
+    cap: int = field(default=16384, metadata=AT_LEAST_ONE)
     """Rule `cap` (T5): a larger size counts as this one."""
-    beta: float = 0.9999
+    beta: float = field(default=0.9999, metadata=within("must be between 0 and 1", lambda v: 0 < v < 1))
     """Rule `effective_number`: n (1 - beta) / (1 - beta ** n) has to suit the sizes."""
-    epochs: float = 4.0
+    epochs: float = field(default=4.0, metadata=POSITIVE)
     """Rule `unimax`: epochs of any task at most."""
     shares: dict[str, float] = field(default_factory=dict)
     """Rule `explicit`: task -> share, on any scale; all tasks of the recipe."""
-    floor: float = 0.0
+    floor: float = field(default=0.0, metadata=SHARE)
     """Least share of any task with a positive weight."""
     ceiling: float = 1.0
     """Largest share of any task."""
-    max_repeats: Optional[float] = 4.0
+    max_repeats: Optional[float] = field(default=4.0, metadata=_CAP)
     """Epochs of any task at most, under every rule; its excess share flows to the others."""
-    block: int = 1024
+    block: int = field(default=1024, metadata=AT_LEAST_ONE)
     """Samples over which shares are exact."""
     dynamic: DynamicMixSection = field(default_factory=DynamicMixSection)
 
@@ -219,17 +141,20 @@ class DataSection:
     padded to the longest; `padded`: samples in the mixture's order. All train on the same samples."""
     pack_length: Optional[int] = None
     """Tokens of a packed row at most; null takes max_length."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=NOT_NEGATIVE)
     """Background threads that read, tokenise and pack; 0 does it between the steps."""
-    prefetch_steps: int = 4
+    prefetch_steps: int = field(
+        default=4,
+        metadata=within(f"must be from 1 to {MAX_PREFETCH_STEPS}", lambda v: 1 <= v <= MAX_PREFETCH_STEPS),
+    )
     """Steps that are made ready ahead, at most."""
     cache: TokenCache = "auto"
     """Keep a task's tokens on disk: `auto` where the ranks would otherwise make more of them as they go."""
-    max_length: int = 512
+    max_length: int = field(default=512, metadata=within("must be at least 32", lambda v: v >= 32))
     """Tokens of a sample at most; the prompt's middle is cut, never the target."""
     system_prompt: Optional[str] = "You are a medical expert. Answer exactly and briefly."
     """First message of the chat; null leaves it to the model's own template."""
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: float = field(default=0.001, metadata=SHARE)
     """Share of unusable records per file above which the run refuses to start."""
 
 
@@ -242,11 +167,11 @@ class LossSection:
     target tokens; `example_mean`: each sample is the mean of its own tokens."""
     task_weights: TaskWeighting = "none"
     """Weights that follow the tasks' losses."""
-    temperature: float = 2.0
+    temperature: float = field(default=2.0, metadata=POSITIVE)
     """Of `dwa`: larger is more even."""
-    window: int = 50
+    window: int = field(default=50, metadata=AT_LEAST_ONE)
     """Of `dwa`: steps over which it averages a loss before it compares."""
-    rate: float = 0.025
+    rate: float = field(default=0.025, metadata=within("must be in (0, 1]", lambda v: 0 < v <= 1))
     """Step size of `uncertainty` and `famo`."""
     surgery: Surgery = "none"
     """Combine the tasks' gradients with `torchjd` (extra `surgery`): one backward pass per task."""
@@ -260,27 +185,27 @@ class GuardSection:
     action: GuardAction = "none"
     """`reweight` multiplies its loss by `factor`, `freeze` takes it out of the mixture, `stop` ends the run
     with a checkpoint."""
-    patience: int = 2
-    factor: float = 0.5
+    patience: int = field(default=2, metadata=AT_LEAST_ONE)
+    factor: float = field(default=0.5, metadata=within("must be in (0, 1)", lambda v: 0 < v < 1))
 
 
 @dataclass
 class TrainingSection:
     """Length, batch and optimiser."""
 
-    steps: int = 1000
+    steps: int = field(default=1000, metadata=AT_LEAST_ONE)
     """Optimizer steps."""
-    global_batch: int = 32
+    global_batch: int = field(default=32, metadata=AT_LEAST_ONE)
     """Samples per optimizer step over all ranks; accumulation steps follow from it."""
-    micro_batch: int = 8
+    micro_batch: int = field(default=8, metadata=AT_LEAST_ONE)
     """Rows per forward pass of one rank: samples, or packed rows of several samples."""
-    learning_rate: float = 2e-4
+    learning_rate: float = field(default=2e-4, metadata=POSITIVE)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    epsilon: float = 1e-8
-    clip_norm: float = 1.0
+    warmup_ratio: float = field(default=0.03, metadata=SHARE)
+    weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=_BETAS)
+    epsilon: float = field(default=1e-8, metadata=POSITIVE)
+    clip_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
     """Global gradient norm at most; 0 turns clipping off."""
     balance_over: Literal["global_batch", "micro_batch"] = "global_batch"
     """Tokens over which the routers' losses take their statistics. `global_batch` costs a second forward pass
@@ -289,7 +214,7 @@ class TrainingSection:
     guard: GuardSection = field(default_factory=GuardSection)
     activation_checkpointing: Checkpointing = "none"
     """Keep only each block's input and compute the rest again in backward."""
-    router_paths: int = 1
+    router_paths: int = field(default=1, metadata=AT_LEAST_ONE)
     """MING's multi-path loss: forward passes with experts sampled anew, of which each sample counts one."""
     router_paths_reduce: Literal["min", "mean"] = "min"
     """Of the passes of a sample: its smallest loss, or their mean."""
@@ -301,11 +226,11 @@ class TrainingSection:
 class ParallelSection:
     """Ranks and how the state is spread over them."""
 
-    ranks: int = 1
+    ranks: int = field(default=1, metadata=AT_LEAST_ONE)
     """Processes that `moe-medical launch` starts on this machine; a launcher's own number wins."""
     deepspeed: str = "???"
     """DeepSpeed JSON (ds_configs/ has them), relative to the run file: ZeRO stage, offload, buckets."""
-    ep_size: int = 1
+    ep_size: int = field(default=1, metadata=AT_LEAST_ONE)
     """Ranks over which the experts of a layer are spread."""
     exchange: Exchange = "auto"
     """Under ep_size > 1, what travels: `tokens` to their experts, the experts' `weights` to the tokens, or
@@ -315,7 +240,7 @@ class ParallelSection:
     overlap: bool = True
     """Gather the next layer's weights while this one computes; false for debugging. ZeRO-3 does its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_seconds: int = 600
+    timeout_seconds: int = field(default=600, metadata=AT_LEAST_ONE)
     """A collective that waits longer means a lost peer."""
 
 
@@ -324,21 +249,21 @@ class EvaluationSection:
     """Loss and scores on a fixed probe set of every task."""
 
     split: Literal["validation", "test"] = "validation"
-    loss_rows: int = 32
+    loss_rows: int = field(default=32, metadata=AT_LEAST_ONE)
     """Rows per task for the teacher-forced loss."""
-    score_rows: int = 16
+    score_rows: int = field(default=16, metadata=NOT_NEGATIVE)
     """Rows per task that are generated and scored; 0 turns scores off."""
     scores: Literal["ends", "always"] = "ends"
     """Whether evaluations in mid-run make answers too; `ends` makes them before and after only, as answers
     cost more than losses and tell less."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = field(default=32, metadata=AT_LEAST_ONE)
     choices: Choices = "generated"
     """How a row with listed options is answered: by generated text, or by its likeliest option."""
-    resamples: int = 1000
+    resamples: int = field(default=1000, metadata=NOT_NEGATIVE)
     """Bootstrap resamples of the rows behind the 95 % interval of each score; 0 gives none."""
-    batch_rows: int = 16
+    batch_rows: int = field(default=16, metadata=AT_LEAST_ONE)
     """Rows per forward pass of one rank."""
-    every_steps: int = 500
+    every_steps: int = field(default=500, metadata=NOT_NEGATIVE)
     """Evaluate each time so many steps are done; 0 means only before and after."""
 
 
@@ -346,9 +271,9 @@ class EvaluationSection:
 class CheckpointSection:
     """Portable checkpoints."""
 
-    every_steps: int = 100
+    every_steps: int = field(default=100, metadata=NOT_NEGATIVE)
     """0 means only at the end."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=AT_LEAST_ONE)
     resume: ResumeMode = "auto"
     accept_data_change: bool = False
     """Go on although files of the mixture have changed since the checkpoint; the run is marked."""
@@ -373,12 +298,12 @@ class WandbSection:
 class SeesawSection:
     """What counts as one task paying for another."""
 
-    gate: float = 0.002
+    gate: float = field(default=0.002, metadata=SHARE)
     """Least change of a task's loss, relative to it, that counts; twice its paired standard error must be
     passed as well."""
-    window: int = 10
+    window: int = field(default=10, metadata=AT_LEAST_ONE)
     """Evaluations over which gains and regressions add up."""
-    worst: float = 0.25
+    worst: float = field(default=0.25, metadata=within("must be in (0, 1]", lambda v: 0 < v <= 1))
     """Share of the tasks behind the mean of the worst."""
     reference: Optional[str] = None
     """File that `moe-medical baseline` has written, relative to the run file: single-task losses."""
@@ -386,13 +311,13 @@ class SeesawSection:
 
 @dataclass
 class TrackingSection:
-    log_every_steps: int = 1
+    log_every_steps: int = field(default=1, metadata=AT_LEAST_ONE)
     seesaw: SeesawSection = field(default_factory=SeesawSection)
-    conflict_every_steps: int = 500
+    conflict_every_steps: int = field(default=500, metadata=NOT_NEGATIVE)
     """Steps between two looks at the angles between the tasks' gradients; 0 never looks."""
-    conflict_rows: int = 4
+    conflict_rows: int = field(default=4, metadata=AT_LEAST_ONE)
     """Training rows of each task whose gradient is looked at."""
-    routing_every_steps: int = 50
+    routing_every_steps: int = field(default=50, metadata=NOT_NEGATIVE)
     """Steps between two counts of which task uses which expert; 0 never counts."""
     sinks: list[str] = field(default_factory=list)
     """Besides metrics.jsonl and W&B: `tensorboard`, `trackio`."""
@@ -411,7 +336,8 @@ class RunConfig:
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
-    adapters: AdaptersSection = field(default_factory=AdaptersSection)
+    adapters: MoloraConfig = field(default_factory=MoloraConfig)
+    """None takes the preset's value."""
     data: DataSection = field(default_factory=DataSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)

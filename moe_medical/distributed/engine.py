@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_medical.adapters.model import routed_layers, trainable_parameters
-from moe_medical.config import resolve_adapters
 from moe_medical.config.deepspeed import offloads, read_deepspeed, zero_stage
 from moe_medical.config.schema import RunConfig, TrainingSection
 from moe_medical.distributed.expert_group import ExpertGroup
@@ -152,7 +151,7 @@ def build_engine(
     groups: list[dict[str, Any]] = [{"params": shared}] if shared else []
     if group is not None:  # DeepSpeed looks for these keys
         groups.append({"params": experts, "moe": True, "name": group.name})
-        num_experts = resolve_adapters(config.adapters).num_experts
+        num_experts = config.adapters.num_experts
         group.mark(model, experts, num_experts, zero_stage(settings))
     optimizer = _adamw(groups, config.training, settings, topology.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

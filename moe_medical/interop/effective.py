@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_medical.adapters.placement import routing_scopes
 from moe_medical.adapters.routers import TaskRouter, new_router
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 
 ROUTER = "router"

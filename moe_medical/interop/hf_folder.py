@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -113,7 +112,7 @@ def _write_adapter(adapter: OpenedAdapter, draft: Path) -> None:
     """Under names of its own: transformers takes an `adapter_config.json` beside weights for PEFT's."""
     config = {"model_type": MODEL_TYPE, "base": adapter.base.config}
     write_json(draft / "config.json", config, indent=2)
-    write_json(draft / CONFIG_FILE, {"config": asdict(adapter.config), "meta": adapter.meta}, indent=2)
+    write_json(draft / CONFIG_FILE, {"config": adapter.config.saved(), "meta": adapter.meta}, indent=2)
     state = {name: tensor.contiguous() for name, tensor in adapter.state.items()}
     save_file(state, draft / ADAPTER_FILE, metadata={"format": "pt"})
     (draft / ADAPTER_FILE).chmod((draft / CONFIG_FILE).stat().st_mode)  # safetensors makes it private

@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_medical.adapters.model import attach_adapters, load_adapter_state
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 
 CONFIG_FILE = "moe_medical_adapter.json"
 ADAPTER_FILE = "moe_medical_adapter.safetensors"

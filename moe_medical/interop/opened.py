@@ -23,7 +23,7 @@ from moe_medical.adapters.layer import AdaptedLinear
 from moe_medical.adapters.model import adaptable_modules, adapter_modules, attach_adapters, load_adapter_state
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import empty_base
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import (

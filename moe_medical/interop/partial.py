@@ -21,7 +21,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moe_medical.adapters.model import router_groups
-from moe_medical.config.presets import ATTENTION, FFN, MoloraConfig
+from moe_medical.config.adapters import ATTENTION, FFN, MoloraConfig
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.effective import (
     ROUTER,

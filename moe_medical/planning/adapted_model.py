@@ -17,7 +17,7 @@ from moe_medical.adapters.placement import (
     shared_input_groups,
 )
 from moe_medical.base_model.known_shapes import BaseShape
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import Checkpointing, Dtype, RunConfig
 
 FLOAT32 = 4
@@ -183,15 +183,18 @@ class AdaptedModel:
 
     def expert_sizes(self, name: str) -> tuple[int, int]:
         """Numbers in A and in B of all routed experts of a layer; a full expert's weight counts as A."""
-        shape, at = self.base.linears[name], self.settings(name)
+        shape = self.base.linears[name]
+        at = self.settings(name)
         if at.experts == "ffn":
             return at.num_experts * shape.in_features * shape.out_features, 0
-        rank, num_A = at.expert_rank(), 1 if at.shared_a else at.num_experts
+        rank = at.expert_rank()
+        num_A = 1 if at.shared_a else at.num_experts
         return num_A * rank * shape.in_features, at.num_experts * rank * shape.out_features
 
     def plain_sizes(self, name: str) -> tuple[int, int]:
         """Numbers in A and in B of a plain LoRA, the magnitudes of DoRA with the latter."""
-        shape, rank = self.base.linears[name], self.adapters.rank
+        shape = self.base.linears[name]
+        rank = self.adapters.rank
         return rank * shape.in_features, (rank + self.adapters.dora) * shape.out_features
 
     def router_sizes(self, name: str) -> tuple[int, ...]:
@@ -221,7 +224,8 @@ class AdaptedModel:
 
     def _always_used(self, name: str) -> int:
         """Of shared experts, and of their gates where these are trained."""
-        at, shape = self.settings(name), self.base.linears[name]
+        at = self.settings(name)
+        shape = self.base.linears[name]
         gates = at.shared_experts * (
             at.learn_shared_weight and (at.experts == "linear" or name in self.deciding)
         )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_medical.adapters.loss_weights import LossWeights
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.planning.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
 from moe_medical.planning.layouts import Layout, RankGroups, all_layouts
 from moe_medical.planning.memory import Memory, memory_of
@@ -204,12 +204,14 @@ def _tokens(
     group: RoutedGroup, adapters: MoloraConfig, layout: Layout, workload: Workload
 ) -> Iterator[Traffic]:
     """One micro-batch of `exchange: tokens`, under uniform routing."""
-    members, own = len(group.out_features), adapters.num_experts // layout.ep_size
+    members = len(group.out_features)
+    own = adapters.num_experts // layout.ep_size
     others = layout.ep_size - 1
     sizes = (adapters.num_experts, adapters.active(), layout.ep_size)
     journey = workload.tokens * others * reach(*sizes, members)
     alone = workload.tokens * others * reach(*sizes)
-    forwards, size = workload.forwards, workload.itemsize
+    forwards = workload.forwards
+    size = workload.itemsize
     inputs = group.in_features * size * (forwards + group.input_needs_grad)
     gates = members * own * FLOAT32 * (forwards + 1)
     counts = others * (1 + members) * _COUNT * forwards

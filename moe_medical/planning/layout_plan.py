@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from moe_medical.config import MoloraConfig, RunConfig
+from moe_medical.config.parallel_rules import nearest_ep_size
 from moe_medical.config.schema import Batching, Exchange
-from moe_medical.config.validate_parallel import nearest_ep_size
 from moe_medical.console import show, show_table
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.planning.adapted_model import AdaptedModel, RoutedGroup, Workload
@@ -106,7 +106,8 @@ def exchange_chooser(
         sizes: Tokens of its samples.
         ranks: World size.
     """
-    layout, workload = Layout.of(config, ranks, ranks), _workload(config, adapters, sizes, ranks)
+    layout = Layout.of(config, ranks, ranks)
+    workload = _workload(config, adapters, sizes, ranks)
 
     def choose(members: Mapping[str, SizedLinear]) -> Exchange:
         layers = list(members.values())
@@ -186,7 +187,8 @@ def _at_least_one_each(samples: int, ranks: int) -> int:
 
 
 def _batch_line(plan: LayoutPlan) -> str:
-    machines, work = plan.machines, plan.workload
+    machines = plan.machines
+    work = plan.workload
     where = f"{plan.model.base.name} on {machines.nodes} x {machines.gpus} ranks"
     rows = f"up to {work.micro_batch} packed rows" if plan.batching == "packed" else f"{work.micro_batch}"
     batch = f"micro-batch {rows} x {work.accumulation} accumulated = {plan.samples} samples a step"
@@ -207,7 +209,8 @@ def _row(e: Estimate, plan: LayoutPlan) -> Sequence[str]:
         marks.append("run file")
     if e.layout == plan.recommended.estimate.layout:
         marks.append("recommended")
-    m, used = e.memory, " and ".join(f"{n} {name}" for name, n in e.exchanges.items())
+    m = e.memory
+    used = " and ".join(f"{n} {name}" for name, n in e.exchanges.items())
     name = f"{e.layout} ({used})" if e.layout.exchange == "auto" and used else str(e.layout)
     held = (m.base, m.experts + m.shared, m.state, m.activations, m.buffers, m.device, m.host)
     return (name, ", ".join(marks), *(size(n) for n in (*held, e.sent, e.across)))

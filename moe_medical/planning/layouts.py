@@ -39,7 +39,8 @@ class ZeroSettings:
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> ZeroSettings:
         """Read a DeepSpeed JSON that `validate` has accepted."""
-        zero, stage = settings.get("zero_optimization", {}), zero_stage(settings)
+        zero = settings.get("zero_optimization", {})
+        stage = zero_stage(settings)
         given = {
             "offload_optimizer": offloads(settings, "offload_optimizer"),
             "offload_parameters": offloads(settings, "offload_param"),

@@ -85,11 +85,15 @@ def memory_of(
 
 def _states(model: AdaptedModel, layout: Layout, workload: Workload) -> Memory:
     """Parameters, gradients and optimizer states, all on the device."""
-    stage, base = layout.zero.stage, model.base.parameters * workload.itemsize
-    experts, shared = model.expert_parameters / layout.ep_size, float(model.shared_parameters)
+    stage = layout.zero.stage
+    base = model.base.parameters * workload.itemsize
+    experts = model.expert_parameters / layout.ep_size
+    shared = float(model.shared_parameters)
     # Of the experts there are only their replicas to hold partitions.
-    own_experts, own_shared = experts / layout.replicas.size, shared / layout.ranks
-    own, whole = own_experts + own_shared, experts + shared
+    own_experts = experts / layout.replicas.size
+    own_shared = shared / layout.ranks
+    own = own_experts + own_shared
+    whole = experts + shared
     gradients = FLOAT32 * (own if stage >= 2 else whole)
     optimizer = (_MOMENTS + FLOAT32) * own if stage else _MOMENTS * whole
     if stage < 3:
@@ -119,7 +123,8 @@ def _offloaded(memory: Memory, layout: Layout) -> Memory:
 def _activations(
     model: AdaptedModel, layout: Layout, workload: Workload, tokens_travel: Mapping[RoutedGroup, int]
 ) -> float:
-    blocks, size = max(model.base.blocks, 1), workload.itemsize
+    blocks = max(model.base.blocks, 1)
+    size = workload.itemsize
     per_token = _of_base(model, workload) + _of_adapters(model, workload) + _of_routings(model)
     received = sum(n * _received(g, model, layout, workload) for g, n in tokens_travel.items())
     kept = size * model.expert_parameters if layout.keep_gathered and layout.ep_size > 1 else 0
@@ -132,7 +137,8 @@ def _activations(
 
 def _of_base(model: AdaptedModel, workload: Workload) -> float:
     """Bytes per token that all blocks of the base keep."""
-    base, size = model.base, workload.itemsize
+    base = model.base
+    size = workload.itemsize
     wide = sum(s.in_features for name, s in base.linears.items() if name.endswith(_CLOSING))
     norms_and_mask = (8 + 2 * size) * base.hidden + 8 + size * workload.positions / workload.micro_batch
     return base.blocks * norms_and_mask + 4 * size * wide
@@ -154,7 +160,9 @@ def _of_routings(model: AdaptedModel) -> float:
 
 def _received(group: RoutedGroup, model: AdaptedModel, layout: Layout, workload: Workload) -> float:
     """What dispatched rows keep for backward on the rank that computes them."""
-    adapters, members, size = model.adapters, len(group.out_features), workload.itemsize
+    adapters = model.adapters
+    members = len(group.out_features)
+    size = workload.itemsize
     own = adapters.num_experts // layout.ep_size
     journey = reach(adapters.num_experts, adapters.active(), layout.ep_size, members)
     alone = reach(adapters.num_experts, adapters.active(), layout.ep_size)
@@ -181,7 +189,8 @@ def _buckets(model: AdaptedModel, layout: Layout) -> float:
 
 def _live(model: AdaptedModel, layout: Layout, workload: Workload) -> float:
     """Numbers of the base that ZeRO-3 has gathered at its peak."""
-    base, zero = model.base, layout.zero
+    base = model.base
+    zero = layout.zero
     weights = [s.in_features * s.out_features for s in base.linears.values()]
     block = sum(weights) / max(base.blocks, 1) if workload.checkpointing != "none" else 0
     reused = 0 if workload.forward_recorded else zero.max_reuse_distance / 2

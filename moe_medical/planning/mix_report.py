@@ -146,10 +146,12 @@ def _show_summary(report: MixReport) -> None:
 
 # Chart
 
-_PANEL_WIDTH, _BAR_HEIGHT = 118, 13
+_PANEL_WIDTH = 118
+_BAR_HEIGHT = 13
 _LINEAR_RATIO = 30
 """Longest bar / shortest bar up to which a linear axis shows both."""
-_CHOSEN, _OTHER = "#d1495b", "#4f7cac"
+_CHOSEN = "#d1495b"
+_OTHER = "#4f7cac"
 
 
 def write_chart(report: MixReport, path: Path) -> None:
@@ -194,7 +196,8 @@ class _Scale:
 
 def _scale(values: Floats) -> _Scale:
     """Linear from 0, or from a power of ten below all bars where lengths would differ too much to be seen."""
-    least, high = float(values.min()), float(values.max() * 1.1)
+    least = float(values.min())
+    high = float(values.max() * 1.1)
     if values.max() / least <= _LINEAR_RATIO:
         return _Scale("linear", 0.0, high, None)
     low = 10.0 ** math.floor(math.log10(least) - 0.1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.known_shapes import known_shape, shape_of
 from moe_medical.base_model.shapes import LinearShape
-from moe_medical.config import MoloraConfig, RunConfig, resolve_adapters
+from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.schema import MixSection
 from moe_medical.console import show, show_table
 from moe_medical.data.chat import ChatFormat
@@ -79,13 +79,14 @@ def make_plan(config: RunConfig, machines: Machines | None = None, shape: str | 
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
-    adapters = resolve_adapters(config.adapters, len(tasks))
+    adapters = config.adapters.for_tasks(len(tasks))
     model = AdaptedModel.of(known_shape(shape) if shape else shape_of(base), adapters)
     sizes = [task_sizes(task, chat) for task in tasks]
     planned = _plan_tasks(config, tasks, sizes)
     sample = mixture_sizes(sizes, [task.samples for task in planned])
     layouts = plan_layouts(config, model, sample, machines or Machines(1, config.parallel.ranks))
-    samples, mix = config.training.steps * config.training.global_batch, config.data.mix
+    samples = config.training.steps * config.training.global_batch
+    mix = config.data.mix
     rules = compare_rules(mix, mix_sizes(tasks, config.data), samples, config.training.global_batch)
     return RunPlan(planned, mix, rules, _plan_layers(model), model.base.parameters, layouts)
 
@@ -142,7 +143,8 @@ def _show_tasks(tasks: Sequence[TaskPlan]) -> None:
 
 
 def _show_mixing(plan: RunPlan) -> None:
-    mix, chosen = plan.mix, plan.rules.chosen
+    mix = plan.mix
+    chosen = plan.rules.chosen
     caps = "no cap" if mix.max_repeats is None else f"at most {mix.max_repeats:g} epochs"
     warm_up = ""
     if mix.temperature_from is not None:
@@ -161,7 +163,8 @@ def _warnings(plan: RunPlan) -> Iterator[str]:
     unseen = [t.name for t in plan.tasks if t.samples == 0]
     if unseen:
         yield f"no sample of {', '.join(unseen)} in this run; make it longer or weigh them up"
-    report, free = plan.rules, plan.rules.chosen.free_repeats
+    report = plan.rules
+    free = plan.rules.chosen.free_repeats
     capped = [
         f"{task.name} ({wanted:.1f} epochs)"
         for task, wanted in zip(report.tasks, free, strict=True)
@@ -173,8 +176,10 @@ def _warnings(plan: RunPlan) -> Iterator[str]:
 
 def _decisions(plan: RunPlan) -> int:
     """Decisions of the dynamic rule that take effect before the run ends."""
-    mix, report = plan.mix, plan.rules
-    span, lead = mix.dynamic.every_blocks * mix.block, LEAD_STEPS * report.global_batch
+    mix = plan.mix
+    report = plan.rules
+    span = mix.dynamic.every_blocks * mix.block
+    lead = LEAD_STEPS * report.global_batch
     return max(0, report.num_samples - 1 - lead) // span
 
 

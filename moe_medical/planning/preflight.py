@@ -13,10 +13,8 @@ from moe_medical.adapters.loss_weights import kinds_of_tasks
 from moe_medical.adapters.placement import match_modules
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.shapes import linear_shapes
-from moe_medical.config import RunConfig, resolve_adapters
-from moe_medical.config.presets import lasting_sources
-from moe_medical.config.schema import AdaptersSection
-from moe_medical.config.validate_adapters import refuse_unknown_task
+from moe_medical.config import MoloraConfig, RunConfig
+from moe_medical.config.adapter_rules import refuse_unknown_task
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.data.tokens import keep_tokens
@@ -32,12 +30,12 @@ def preflight(config: RunConfig) -> None:
     _check_writable(Path(config.run.dir))
     base = locate_base(config.model)
     check_context(config, base)
-    adapters = resolve_adapters(config.adapters)
+    adapters = config.adapters
     match_modules(linear_shapes(base), adapters)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     began = (Path(config.run.dir) / "checkpoints" / "latest.json").is_file()
-    _refuse_missing_sources(lasting_sources(config.adapters, adapters) if began else config.adapters)
+    _refuse_missing_sources(adapters.lasting() if began else adapters)
     refuse_unknown_task(adapters, [task.name for task in tasks])
     if adapters.localized_coefficient:
         kinds_of_tasks(adapters, [task.name for task in tasks])
@@ -68,9 +66,9 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError("the run file", [Problem("run.dir", rule, str(folder))])
 
 
-def _refuse_missing_sources(section: AdaptersSection) -> None:
-    router = [section.router_from] if section.router_from else []
-    named = {"adapters.router_from": router, "adapters.experts_from": section.experts_from or []}
+def _refuse_missing_sources(adapters: MoloraConfig) -> None:
+    router = [adapters.router_from] if adapters.router_from else []
+    named = {"adapters.router_from": router, "adapters.experts_from": list(adapters.experts_from)}
     rule = "must name an existing folder, relative to the run file"
     missing = [
         Problem(key, rule, f) for key, folders in named.items() for f in folders if not Path(f).is_dir()

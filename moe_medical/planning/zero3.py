@@ -100,7 +100,8 @@ def _kept(trace: Sequence[_Module], layout: Layout) -> list[bool]:
     """Whether each module's parameters outlast its run."""
     zero = layout.zero
     horizon = max(zero.max_reuse_distance, 2 * min(zero.prefetch_bucket, zero.max_live))
-    stays, gone_by = [], 0
+    stays = []
+    gone_by = 0
     next_at: dict[str, int] = {}  # parameters from the start of the module's next run to the end of the trace
     for module in reversed(trace):
         passed = gone_by - next_at[module.name] if module.name in next_at else horizon
@@ -137,7 +138,8 @@ def _reversed(modules: Iterable[_Module]) -> Iterator[_Module]:
 
 def _forward(model: AdaptedModel, layout: Layout, workload: Workload) -> list[_Module]:
     """Modules with parameters in the order in which they start."""
-    base, size = model.base, workload.itemsize
+    base = model.base
+    size = workload.itemsize
     table = _Parameter("base", base.vocabulary * base.hidden, size)
     norm = (_Parameter("base", base.hidden, size),)
     modules = [_Module("embedding", -1, (table,), workload.input_needs_grad)]
@@ -153,7 +155,9 @@ def _forward(model: AdaptedModel, layout: Layout, workload: Workload) -> list[_M
 
 def _linear(model: AdaptedModel, layout: Layout, workload: Workload, name: str) -> Iterator[_Module]:
     """An adapter starts before the base layer and the router that it wraps."""
-    block, shape, kind = block_of(name), model.base.linears[name], model.kinds.get(name)
+    block = block_of(name)
+    shape = model.base.linears[name]
+    kind = model.kinds.get(name)
     if kind == "lora":
         sizes = model.plain_sizes(name)
         yield _Module(name, block, tuple(_Parameter("shared", n, FLOAT32) for n in sizes))

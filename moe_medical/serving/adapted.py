@@ -23,7 +23,7 @@ from moe_medical.adapters.model import attach_adapters, lay_out_for_answers, loa
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.chat_template import Message

@@ -20,14 +20,15 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from moe_medical.config import RunConfig, load_config, resolve_adapters, save_config
-from moe_medical.config.schema import AdaptersSection, GuardSection, LossSection, MixSection, TaskOverride
+from moe_medical.config import MoloraConfig, RunConfig, load_config, save_config
+from moe_medical.config.adapters import PRESETS
+from moe_medical.config.schema import GuardSection, LossSection, MixSection, TaskOverride
 from moe_medical.console import show, show_table
 from moe_medical.errors import ConfigError, DataError, MoeMedicalError, Problem
 from moe_medical.files import write_file
@@ -195,11 +196,15 @@ def _control(config: RunConfig, name: str, rank: int) -> RunConfig:
     return control
 
 
-def _plain_lora(config: RunConfig, rank: int) -> AdaptersSection:
-    mine = resolve_adapters(config.adapters)
-    layers = [*mine.molora, *mine.lora]
-    return AdaptersSection(
-        preset="lora", rank=rank, alpha=mine.scaling * rank, dropout=mine.dropout, molora=[], lora=layers
+def _plain_lora(config: RunConfig, rank: int) -> MoloraConfig:
+    mine = config.adapters
+    return replace(
+        PRESETS["lora"],
+        rank=rank,
+        alpha=mine.scaling * rank,
+        dropout=mine.dropout,
+        molora=(),
+        lora=(*mine.molora, *mine.lora),
     )
 
 
@@ -218,7 +223,7 @@ def _single(control: RunConfig, task: str, steps: int) -> RunConfig:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What must not differ between two control runs of one folder."""
-    own = {"steps": config.training.steps, "adapters": resolve_adapters(config.adapters)}
+    own = {"steps": config.training.steps, "adapters": config.adapters.saved()}
     return compared_settings(config) | own
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
-from moe_medical.config.schema import AdaptersSection
 from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.sources import row_settings
@@ -140,7 +139,7 @@ def run_fingerprint(
 ) -> RunFingerprint:
     """The fingerprint of a run that is about to start."""
     settings = compared_settings(config) | {"model.name": base.name, "model.revision": base.revision}
-    settings |= _flat({"adapters": asdict(adapters)}) | _frozen_sources(config.adapters, adapters)
+    settings |= _flat({"adapters": adapters.saved()}) | _frozen_sources(adapters)
     paths = {task.name: str(task.spec.path) for task in tasks}
     for task in tasks:
         for split, files in task.fingerprints.items():
@@ -159,10 +158,11 @@ def compared_settings(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in _FREE - looks}
 
 
-def _frozen_sources(section: AdaptersSection, adapters: MoloraConfig) -> dict[str, Any]:
+def _frozen_sources(adapters: MoloraConfig) -> dict[str, Any]:
     """Digests of the folders whose values stay as they are: checkpoints hold what is trained."""
-    routers = [section.router_from] if section.router_from and adapters.freeze_router else []
-    experts = list(section.experts_from or []) if adapters.freeze_experts else []
+    lasting = adapters.lasting()
+    routers = [lasting.router_from] if lasting.router_from else []
+    experts = list(lasting.experts_from)
     found = {"adapters.router_from": routers, "adapters.experts_from": experts}
     return {key: [_weights_digest(Path(f)) for f in folders] for key, folders in found.items() if folders}
 

@@ -33,7 +33,7 @@ from moe_medical.adapters.model import adaptable_modules
 from moe_medical.adapters.placement import match_modules, routing_scopes
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config import MoloraConfig, RunConfig, load_config, resolve_adapters
+from moe_medical.config import MoloraConfig, RunConfig, load_config
 from moe_medical.console import progress_line, show, show_table
 from moe_medical.data.batches import Batch, collate
 from moe_medical.data.chat import ChatFormat, Encoded
@@ -65,7 +65,7 @@ def fit_router(run: Path, overrides: Sequence[str], out: Path, labels: str = "ta
     """
     refuse_other_folder(out)
     config = load_config(run, [*overrides, "adapters.router_from=null", "adapters.freeze_router=false"])
-    adapters = resolve_adapters(config.adapters)
+    adapters = config.adapters
     base = locate_base(config.model)
     check_context(config, base)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)

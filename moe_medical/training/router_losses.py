@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_medical.adapters.loss_weights import LossWeights, kinds_of_tasks
 from moe_medical.adapters.losses import RoutingSums, router_gradients, routing_sums
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.evaluation.loss import forward_context, run_model

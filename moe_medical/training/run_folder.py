@@ -8,13 +8,13 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moe_medical.config import RunConfig
+from moe_medical.config.load import run_file_tree
 from moe_medical.data.sources import BadRecord
 from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.files import claimed, write_file, write_json
@@ -49,7 +49,9 @@ class RunFolder(RunPaths):
         Raises:
             StorageError: the file system refused; so do all writers here.
         """
-        write_file(self.config, yaml.safe_dump(redact(asdict(config)), sort_keys=False, allow_unicode=True))
+        write_file(
+            self.config, yaml.safe_dump(redact(run_file_tree(config)), sort_keys=False, allow_unicode=True)
+        )
 
     def write_set_aside(self, records: Iterable[BadRecord]) -> None:
         """List the records that could not be used: place, reason and hash, never their text."""

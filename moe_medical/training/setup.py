@@ -15,7 +15,6 @@ from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed import read_deepspeed, zero_stage
-from moe_medical.config.presets import lasting_sources
 from moe_medical.data.loader import Loader
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group
@@ -58,8 +57,7 @@ def assemble(
     group = join_expert_group(config.parallel.ep_size)
     shard = group.shard if group else None
     context = attach_adapters(model, adapters, config.run.seed, shard)
-    sources = lasting_sources(config.adapters, adapters) if began else config.adapters
-    start_from(model, adapters, sources, config.run.seed, shard)
+    start_from(model, adapters.lasting() if began else adapters, config.run.seed, shard)
     if group is not None:
         stage = zero_stage(read_deepspeed(config.parallel.deepspeed))
         dtype = getattr(torch, config.model.dtype)

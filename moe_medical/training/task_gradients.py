@@ -8,7 +8,7 @@ task and stay out.
 
 Rows are the gradients themselves (tasks x parameters in float32 on each rank), or a count-sketch of them.
 
-Not for every layout: `validate_loss.task_gradient_problems` says which, and why.
+Not for every layout: `rules.task_gradient_problems` says which, and why.
 """
 
 from __future__ import annotations

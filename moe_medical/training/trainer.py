@@ -17,9 +17,9 @@ import numpy as np
 
 from moe_medical.adapters.folder import save_adapter
 from moe_medical.adapters.model import frozen_parameters
-from moe_medical.adapters.warm_start import with_labels
+from moe_medical.adapters.warm_start import labels_of
 from moe_medical.base_model import BaseModel, locate_base
-from moe_medical.config import RunConfig, resolve_adapters
+from moe_medical.config import RunConfig
 from moe_medical.console import progress_line
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.expert_parallel import Chooser
@@ -77,7 +77,7 @@ class Trainer:
         check_context(config, self.base)
         self.data = DataModule(config, self.base)
         self.tasks = self.data.tasks
-        self.adapters = with_labels(resolve_adapters(config.adapters, len(self.tasks)), config.adapters)
+        self.adapters = config.adapters.for_tasks(len(self.tasks), labels_of(config.adapters))
         self.fingerprint = run_fingerprint(config, self.base, self.adapters, self.tasks, self.data.plan)
         self._found_step = self._find_checkpoint()
 

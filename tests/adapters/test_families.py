@@ -24,7 +24,7 @@ from moe_medical.adapters.model import (
     load_adapter_state,
 )
 from moe_medical.adapters.routing import BatchInputs
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.adapters import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 
 SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

@@ -10,7 +10,7 @@ import torch
 
 from moe_medical.adapters import folder as folders
 from moe_medical.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, DataError, SecurityRefusal, StorageError
 
 CONFIG = MoloraConfig(rank=4, alpha=8.0, molora=(r".*\.mlp\.\w+",), lora=())

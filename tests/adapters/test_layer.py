@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from moe_medical.adapters.exchange import ExpertShard
 from moe_medical.adapters.layer import AdaptedLinear, LoraLinear, MoloraLinear, Target
 from moe_medical.adapters.routing import BatchInputs
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 
 D, F = 12, 20
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

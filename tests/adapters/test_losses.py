@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_medical.adapters.loss_weights import LossWeights, kinds_of_tasks
 from moe_medical.adapters.losses import RoutingSums, router_gradients, router_loss_tap, routing_sums
 from moe_medical.adapters.routing import BatchInputs, Routing, RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError
 
 ALL = LossWeights(0.7, 0.3, 0.2, 0.5, 0.4, delta=0.3)

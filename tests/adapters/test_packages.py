@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
-from moe_medical.config.presets import FFN, PRESETS, MoloraConfig
+from moe_medical.config.adapters import FFN, PRESETS, MoloraConfig
 
 IDS = torch.tensor([[5, 9, 33, 60, 7], [21, 4, 4, 50, 12]])
 TASKS_OF_ROWS = torch.tensor([1, 0])

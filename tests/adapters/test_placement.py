@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.placement import match_modules
-from moe_medical.config.presets import ATTENTION, PRESETS, MoloraConfig
+from moe_medical.config.adapters import ATTENTION, PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 
 NAMES = [

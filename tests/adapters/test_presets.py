@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moe_medical.adapters.model import adapter_parameters, attach_adapters, trainable_parameters
 from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.adapters import PRESETS, MoloraConfig
 
 IDS = torch.tensor([[5, 9, 33, 60, 7], [21, 4, 4, 50, 12]])
 SAMPLES = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]])

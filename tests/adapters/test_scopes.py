@@ -24,7 +24,7 @@ from moe_medical.adapters.placement import routing_scopes
 from moe_medical.adapters.routers import Choice
 from moe_medical.base_model.known_shapes import llama_shape
 from moe_medical.config import MoloraConfig
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.errors import ConfigError
 from moe_medical.planning.adapted_model import AdaptedModel, Workload
 from moe_medical.planning.cost import recommend

@@ -9,9 +9,8 @@ from torch import nn
 from moe_medical.adapters.layer import MoloraLinear, Target
 from moe_medical.adapters.routers import new_router
 from moe_medical.adapters.routing import BatchInputs
-from moe_medical.config import MoloraConfig, resolve_adapters
+from moe_medical.config import MoloraConfig
 from moe_medical.config.router_kinds import TASK_FEATURES
-from moe_medical.config.schema import AdaptersSection
 
 D, F, EXPERTS, TASKS = 12, 20, 4, 3
 
@@ -87,10 +86,9 @@ def test_first_values_depend_on_seed_and_name_only() -> None:
 
 
 def test_parameters_are_counted_and_the_preset_stays_a_token_router() -> None:
-    section = AdaptersSection(router="task", num_experts=EXPERTS)
-    adapters = resolve_adapters(section, TASKS)
+    adapters = MoloraConfig(router="task", num_experts=EXPERTS).for_tasks(TASKS)
     router = new_router(adapters, D, torch.Generator())
     assert adapters.router_kind.sizes(adapters, D) == tuple(p.numel() for p in router.parameters())
     assert sum(adapters.router_kind.sizes(adapters, D)) == TASK_FEATURES * (TASKS + EXPERTS)
-    assert resolve_adapters(AdaptersSection(), TASKS).num_tasks == 0
-    assert resolve_adapters(AdaptersSection()).router == "token"
+    assert MoloraConfig().for_tasks(TASKS).num_tasks == 0
+    assert MoloraConfig().router == "token"

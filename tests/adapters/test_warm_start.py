@@ -15,8 +15,7 @@ from moe_medical.adapters.folder import save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.warm_start import start_from
 from moe_medical.config import MoloraConfig
-from moe_medical.config.presets import ATTENTION, FFN
-from moe_medical.config.schema import AdaptersSection
+from moe_medical.config.adapters import ATTENTION, FFN
 from moe_medical.errors import ConfigError
 
 META = {"base_model": "tiny", "base_revision": None, "tasks": [], "label_sets": {}}
@@ -45,10 +44,9 @@ def trained_lora(folder: Path, seed: int, alpha: float = 8.0) -> tuple[Path, Ten
 def started(folders: list[Path], noise: float, shard: ExpertShard | None = None, **changes: object):
     model = base()
     settings = {"num_experts": 2, "top_k": 2, "rank": 4, "alpha": 16.0, "dropout": 0.0, **changes}
-    config = MoloraConfig(**settings)
+    config = MoloraConfig(**settings, experts_from=tuple(map(str, folders)), start_noise=noise)
     attach_adapters(model, config, 3, shard)
-    section = AdaptersSection(experts_from=[str(f) for f in folders], start_noise=noise)
-    start_from(model, config, section, 3, shard)
+    start_from(model, config, 3, shard)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.base_model.quantize import quantize_base
 from moe_medical.config import MoloraConfig, load_config
+from moe_medical.config.rules import model_problems
 from moe_medical.config.schema import ModelSection
-from moe_medical.config.validate_model import model_problems
 from moe_medical.errors import ConfigError
 from moe_medical.serving.adapted import load_shared_base
 from moe_medical.serving.answers import Generation, answer_all
@@ -113,7 +114,8 @@ def test_what_a_quantised_base_cannot_do(overrides: list[str], rule: str, tmp_pa
             config.parallel.deepspeed = config.parallel.deepspeed.replace("zero2", "zero3")
         else:
             key, _, value = rest.partition("=")
-            setattr(getattr(config, section), key, True if value == "true" else value)
+            changed = replace(getattr(config, section), **{key: True if value == "true" else value})
+            setattr(config, section, changed)
     found = list(model_problems(config))
     assert len(found) == bool(rule)
     assert all(rule in problem.rule for problem in found)

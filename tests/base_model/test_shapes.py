@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from moe_medical.adapters.model import adaptable_modules, attach_adapters
 from moe_medical.base_model import BaseModel, locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.base_model.shapes import linear_shapes, num_parameters
-from moe_medical.config import resolve_adapters
-from moe_medical.config.schema import AdaptersSection, ModelSection
+from moe_medical.config import MoloraConfig
+from moe_medical.config.adapters import PRESETS
+from moe_medical.config.schema import ModelSection
 from moe_medical.errors import DataError
 from moe_medical.planning.plan import plan_layers
 
@@ -47,17 +49,16 @@ def test_shapes_are_those_of_the_modules(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "section",
+    "adapters",
     [
-        AdaptersSection(),
-        AdaptersSection(num_experts=3, rank=5),
-        AdaptersSection(num_experts=1, top_k=1),
-        AdaptersSection("lora", rank=4),
+        MoloraConfig(),
+        MoloraConfig(num_experts=3, rank=5),
+        MoloraConfig(num_experts=1, top_k=1),
+        replace(PRESETS["lora"], rank=4),
     ],
     ids=["ming_moe", "three_experts", "one_expert", "lora"],
 )
-def test_the_plan_counts_what_is_attached(base: BaseModel, section: AdaptersSection) -> None:
-    adapters = resolve_adapters(section)
+def test_the_plan_counts_what_is_attached(base: BaseModel, adapters: MoloraConfig) -> None:
     model = load_base(base, "float32")
     attach_adapters(model, adapters, seed=0)
     layers = plan_layers(base, adapters)
@@ -99,7 +100,7 @@ def test_unreadable_header(kind: str, tmp_path: Path) -> None:
 
 def test_an_embedding_is_not_a_layer_of_its_own(base: BaseModel) -> None:
     """The presets' patterns must not reach embeddings or the head, which look like linears in a header."""
-    names = {layer.name for layer in plan_layers(base, resolve_adapters(AdaptersSection()))}
+    names = {layer.name for layer in plan_layers(base, MoloraConfig())}
     model = load_base(base, "float32")
     modules = dict(model.named_modules())
     assert not any(isinstance(modules[name], nn.Embedding) for name in names)

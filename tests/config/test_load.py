@@ -12,6 +12,7 @@ import pytest
 from support.tiny import ROOT
 
 from moe_medical.config import load_config, save_config
+from moe_medical.config.adapters import FFN, PRESETS
 from moe_medical.config.deepspeed import ZERO_KEYS
 from moe_medical.errors import ConfigError
 
@@ -59,11 +60,11 @@ checkpoint: {resume: maybe}
         "Integer), got 'none'.",
         "checkpoint.resume has the wrong type (Invalid value 'maybe', expected one of ['auto', 'must', "
         "'never']), got 'maybe'.",
-        "training.learning_rate must be finite and > 0, got 0.0.",
+        "data.tasks.x.weight must be finite and not negative, got -1.0.",
         "data.max_length must be at least 32, got 8.",
+        "training.learning_rate must be finite and > 0, got 0.0.",
         "training.betas must be two numbers in [0, 1), got [0.9].",
         "training.global_batch must be a multiple of micro_batch x ranks (8 x 2), got 30. Try 32.",
-        "data.tasks.x.weight must be finite and not negative, got -1.0.",
         f"{folder}/zero.json: gradient_clipping is owned by the run file's training.clip_norm. "
         "Remove it there.",
         f"{folder}/zero.json: fp16 is owned by the run file's model.dtype. Remove it there.",
@@ -155,7 +156,7 @@ def test_overrides_win_and_keep_their_types(folder: Path) -> None:
     config = load_config(folder / "run.yaml", overrides)
     assert (config.training.steps, config.training.learning_rate) == (9, 1e-3)
     assert config.training.betas == [0.8, 0.95]
-    assert (config.adapters.lora, config.adapters.molora) == ([], None)
+    assert (config.adapters.lora, config.adapters.molora) == ((), (FFN,))
     assert (config.data.system_prompt, config.data.mix.max_repeats) == (None, None)
     assert (config.data.tasks["icd"].weight, config.data.tasks["icd"].max_repeats) == (2.0, 1.5)
     assert (config.data.tasks["hpo"].weight, config.data.tasks["hpo"].max_repeats) == (0.0, None)
@@ -278,3 +279,30 @@ def test_config_and_plan_start_without_heavy_imports() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_adapters_are_the_preset_then_the_file_then_the_command_line(folder: Path) -> None:
+    (folder / "run.yaml").write_text(
+        RUN_FILE + "adapters: {preset: mola, rank: 3, alpha: 5, router_bias: true}\n"
+    )
+    adapters = load_config(folder / "run.yaml", ["adapters.rank=7", "adapters.alpha=null"]).adapters
+    assert (adapters.rank, adapters.alpha, adapters.router_bias) == (7, PRESETS["mola"].alpha, True)
+    assert adapters.experts_per_layer == (2, 4, 6, 8)
+    even = load_config(folder / "run.yaml", ["adapters.num_experts=4"]).adapters
+    assert (even.num_experts, even.experts_per_layer) == (4, ())
+    other = load_config(folder / "run.yaml", ["adapters.preset=lora_moe"]).adapters
+    assert (other.preset, other.rank, other.top_k) == ("lora_moe", 3, 0)
+
+
+@pytest.mark.parametrize("key", ["num_tasks", "labels"])
+def test_what_follows_from_the_data_is_no_key(folder: Path, key: str) -> None:
+    assert _problems(folder, RUN_FILE, [f"adapters.{key}=[]"])[0].startswith(
+        f"adapters.{key} is not a key of adapters."
+    )
+    save_config(load_config(folder / "run.yaml"), folder / "saved.yaml")
+    assert key not in (folder / "saved.yaml").read_text()
+
+
+def test_an_unknown_router_is_told_with_the_known_ones(folder: Path) -> None:
+    (problem,) = _problems(folder, RUN_FILE, ["adapters.router=tokens"])
+    assert problem.startswith("adapters.router must be one of token, task, joint, sequence, ")

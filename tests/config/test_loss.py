@@ -21,8 +21,8 @@ def test_ranges(tmp_path: Path) -> None:
     keys = ["training.loss.temperature=0", "training.loss.rate=1.5", "training.loss.window=0"]
     assert config_problems(tmp_path, *keys) == [
         "training.loss.temperature must be finite and > 0, got 0.0.",
-        "training.loss.rate must be in (0, 1], got 1.5.",
         "training.loss.window must be at least 1, got 0.",
+        "training.loss.rate must be in (0, 1], got 1.5.",
     ]
 
 

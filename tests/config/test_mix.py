@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from moe_medical.config.ranges import range_problems
+from moe_medical.config.rules import mix_problems
 from moe_medical.config.schema import DataSection, DynamicMixSection, MixSection
-from moe_medical.config.validate_data import mix_problems
 
 
 def told(mix: MixSection) -> list[str]:
-    return [str(problem) for problem in mix_problems(DataSection(mix=mix))]
+    data = DataSection(mix=mix)
+    return [str(problem) for problem in (*range_problems(data, "data."), *mix_problems(data))]
 
 
 @pytest.mark.parametrize(

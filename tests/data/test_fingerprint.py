@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.tiny import write_tiny_run
 
 from moe_medical.base_model import locate_base
-from moe_medical.config import load_config, resolve_adapters
+from moe_medical.config import load_config
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint, Fingerprinter, fingerprint_file
 from moe_medical.data.tasks import build_plan, load_tasks
@@ -178,7 +178,7 @@ def _identity(folder: Path, *overrides: str) -> RunFingerprint:
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     plan = build_plan(tasks, config.data, config.run.seed, 48)
-    return run_fingerprint(config, base, resolve_adapters(config.adapters), tasks, plan)
+    return run_fingerprint(config, base, config.adapters, tasks, plan)
 
 
 def _saved(identity: RunFingerprint) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config import RunConfig, load_config, resolve_adapters
+from moe_medical.config import RunConfig, load_config
 from moe_medical.config.schema import EvaluationSection
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, load_tasks
@@ -67,7 +67,7 @@ def _subject(run: str, router: str = "token") -> tuple[nn.Module, RoutingContext
     base = locate_base(config.model)
     chat = ChatFormat.from_folder(base.folder, None, config.data.max_length)
     model = load_base(base, "float32")
-    context = attach_adapters(model, resolve_adapters(config.adapters, num_tasks=3), seed=0)
+    context = attach_adapters(model, config.adapters.for_tasks(3), seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():

@@ -15,7 +15,7 @@ from typing import Any
 FROZEN = Path(__file__).with_name("frozen.json")
 TASKS = ("last_word", "even")
 HOW_TO_ANNOUNCE = (
-    "If this is meant: `make golden-record` rewrites tests/golden/frozen.json and golden.json; "
+    "If this is meant: `make golden-names` rewrites tests/golden/frozen.json; "
     "add a line to CHANGELOG.md that says what users have to change."
 )
 
@@ -23,7 +23,7 @@ HOW_TO_ANNOUNCE = (
 def current(record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Kind of name -> name -> what it stands for."""
     from moe_medical.config import load_config
-    from moe_medical.config.presets import PRESETS
+    from moe_medical.config.adapters import PRESETS
 
     config_class = typing.get_type_hints(load_config)["return"]
     return {
@@ -39,6 +39,8 @@ def _keys_of_section(section: type, prefix: str) -> Iterator[tuple[str, str]]:
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         hint = hints[field.name]
+        if "derived" in field.metadata:
+            continue
         if dataclasses.is_dataclass(hint):
             yield from _keys_of_section(typing.cast(type, hint), f"{prefix}{field.name}.")
         elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_medical.adapters.routing import BatchInputs
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.interop.hf_folder import export_hf_folder, runtime_sources
 
 

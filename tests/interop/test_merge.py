@@ -24,7 +24,7 @@ from support.exporting import (
 from support.tiny import write_tiny_model
 from transformers import AutoTokenizer
 
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.adapters import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError, DataError
 from moe_medical.interop import merge
 from moe_medical.interop.effective import LowRank

@@ -19,7 +19,7 @@ from moe_medical.adapters.model import (
 from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.adapters import PRESETS, MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError
 from moe_medical.interop.partial import restrict_adapter

@@ -15,7 +15,7 @@ from support.tiny import write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe_medical.config.presets import PRESETS, MoloraConfig
+from moe_medical.config.adapters import PRESETS, MoloraConfig
 from moe_medical.errors import ConfigError
 from moe_medical.interop.peft_export import export_peft
 

@@ -21,7 +21,7 @@ from moe_medical.adapters.model import attach_adapters
 from moe_medical.adapters.routing import BatchInputs
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.known_shapes import known_shape, llama_shape, shape_of
-from moe_medical.config import MoloraConfig, load_config, resolve_adapters
+from moe_medical.config import MoloraConfig, load_config
 from moe_medical.planning.adapted_model import AdaptedModel, RoutedGroup, Workload, reach
 from moe_medical.planning.cost import Estimate, choose_exchange, estimate, recommend
 from moe_medical.planning.layouts import Layout, RankGroups, ZeroSettings, neighbours
@@ -184,10 +184,10 @@ def test_statistics_of_the_router_losses(losses: dict, work: dict, times: int) -
 def test_every_path_is_a_row_of_its_own(tmp_path: Path) -> None:
     settings = ["adapters.selection=sample", "training.router_paths=3", "adapters.entropy_coefficient=0.1"]
     config = load_config(str(write_tiny_run(tmp_path)), settings)
-    work = Workload.of(config, resolve_adapters(config.adapters), accumulation=2, mean_tokens=10, targets=5)
+    work = Workload.of(config, config.adapters, accumulation=2, mean_tokens=10, targets=5)
     assert (work.micro_batch, work.tokens, work.positions, work.head_positions) == (6, 60, 6 * 96, 30)
     assert not work.looks_ahead
-    localized = replace(resolve_adapters(config.adapters), localized_coefficient=0.1)
+    localized = replace(config.adapters, localized_coefficient=0.1)
     assert Workload.of(config, localized, accumulation=2, mean_tokens=10).looks_ahead
 
 
@@ -435,7 +435,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def _told(run: Path, overrides: list[str], cell: Cell, ranks: int, tokens: float) -> Estimate:
     config = load_config(run, overrides)
-    adapters = resolve_adapters(config.adapters)
+    adapters = config.adapters
     model = AdaptedModel.of(shape_of(locate_base(config.model)), adapters)
     training = config.training
     work = Workload.of(

@@ -12,7 +12,7 @@ from support.tiny import ROOT, write_tiny_run
 
 from moe_medical import cli
 from moe_medical.base_model import locate_base
-from moe_medical.config import RunConfig, load_config, resolve_adapters
+from moe_medical.config import RunConfig, load_config
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import load_tasks
 from moe_medical.errors import ConfigError
@@ -158,7 +158,7 @@ def test_the_run_chooses_exchanges_as_the_plan_does(run_file: Path) -> None:
     config = load_config(run_file, ["parallel.ep_size=2", "data.batching=grouped"])
     layer = SimpleLinear(32, 64)
     for mean, expected in ((1.0, "tokens"), (10_000.0, "weights")):
-        choose = exchange_chooser(config, resolve_adapters(config.adapters), SampleSizes(mean, 90, 9, 4.0), 2)
+        choose = exchange_chooser(config, config.adapters, SampleSizes(mean, 90, 9, 4.0), 2)
         assert choose({"gate": layer, "up": layer}) == expected
 
 

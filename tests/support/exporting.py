@@ -17,7 +17,7 @@ from moe_medical.adapters.model import adapter_parameters, attach_adapters, load
 from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from support.families import DECODER, GPT2
 

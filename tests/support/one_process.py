@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import RunConfig
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.data.batches import Batch
 from moe_medical.data.chat import Encoded
 from moe_medical.training.callback import Callback

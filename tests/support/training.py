@@ -102,11 +102,11 @@ def reference(
     from moe_medical.adapters.model import adapter_parameters, attach_adapters
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
-    from moe_medical.config import load_config, resolve_adapters
+    from moe_medical.config import load_config
     from moe_medical.training.step import learning_rate
 
     config = load_config(run)
-    base, adapters, training = locate_base(config.model), resolve_adapters(config.adapters), config.training
+    base, adapters, training = locate_base(config.model), config.adapters, config.training
     model = load_base(base, "float32")
     attach_adapters(model, adapters, config.run.seed)
     first = {name: p.detach() for name, p in adapter_parameters(model).items()}

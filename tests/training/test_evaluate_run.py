@@ -18,7 +18,7 @@ from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
 from moe_medical.cli import main
-from moe_medical.config import load_config, resolve_adapters
+from moe_medical.config import load_config
 
 EVAL = [sys.executable, "-m", "moe_medical", "eval"]
 
@@ -165,7 +165,7 @@ def _task_gated(run: Path, tasks: list[str], folder: Path) -> Path:
     config = load_config(run, ["adapters.router=task", "adapters.balance_coefficient=0"])
     model, adapters = (
         load_base(locate_base(config.model), "float32"),
-        resolve_adapters(config.adapters, len(tasks)),
+        config.adapters.for_tasks(len(tasks)),
     )
     attach_adapters(model, adapters, seed=0)
     state = {name: p.detach() + 0.1 for name, p in adapter_parameters(model).items()}

@@ -9,7 +9,7 @@ import pytest
 from support.tiny import write_tiny_run
 
 from moe_medical.base_model import locate_base
-from moe_medical.config import load_config, resolve_adapters
+from moe_medical.config import load_config
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData, build_plan, load_tasks
 from moe_medical.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ def identity(
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     loaded = tasks(load_tasks(config.data, config.evaluation.split, chat))
     plan = build_plan(loaded, config.data, config.run.seed, samples)
-    return run_fingerprint(config, base, resolve_adapters(config.adapters), loaded, plan)
+    return run_fingerprint(config, base, config.adapters, loaded, plan)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from moe_medical.adapters.routing import BatchInputs, RoutingContext, Sequences
 from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import locate_base
 from moe_medical.base_model.load import load_base
-from moe_medical.config import load_config, resolve_adapters
+from moe_medical.config import load_config
 from moe_medical.data.batches import IGNORE, Batch, collate
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_recipe
@@ -57,10 +57,10 @@ def test_a_fitted_router_knows_its_labels(fitted: tuple[Path, Path]) -> None:
 def started(run: Path) -> tuple[torch.nn.Module, RoutingContext, Batch, Sequences]:
     """The run's model with its fitted router, and rows that the router has not seen, six of each task."""
     config = load_config(run)
-    base, adapters = locate_base(config.model), resolve_adapters(config.adapters)
+    base, adapters = locate_base(config.model), config.adapters
     model = load_base(base, "float32")
     context = attach_adapters(model, adapters, config.run.seed)
-    start_from(model, adapters, config.adapters, config.run.seed, None)
+    start_from(model, adapters, config.run.seed, None)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     rows = [
         (chat.encode(example.prompt, example.target), number)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.adapters.routing import RoutingContext
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.data.batches import Batch, collate, collate_packed
 from moe_medical.evaluation.loss import TokenWeights, forward_context, token_losses
 from moe_medical.training.callback import Callback
@@ -236,12 +236,12 @@ def _by_autograd(run: str) -> tuple[dict[str, float], float]:
     from moe_medical.adapters.model import adapter_parameters, attach_adapters
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
-    from moe_medical.config import load_config, resolve_adapters
+    from moe_medical.config import load_config
     from moe_medical.data.chat import Encoded
 
     config = load_config(run)
     model = load_base(locate_base(config.model), "float32").train()
-    context = attach_adapters(model, resolve_adapters(config.adapters), config.run.seed)
+    context = attach_adapters(model, config.adapters, config.run.seed)
     rows = rows_of_steps(config, 1)[0]
     encoded = [(Encoded(row.tokens, row.num_prompt, 0), row.task) for row in rows]
     batches = [collate([sample], [task], pad_id=0) for sample, task in encoded]

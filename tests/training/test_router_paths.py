@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_medical.adapters.loss_weights import LossWeights
 from moe_medical.config import RunConfig, load_config
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import TrainingSection
 from moe_medical.data.batches import Batch, collate_packed
 from moe_medical.errors import ConfigError

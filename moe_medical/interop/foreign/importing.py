@@ -18,7 +18,7 @@ from moe_medical.adapters.folder import CONFIG_FILE as OUR_CONFIG_FILE
 from moe_medical.adapters.folder import FORMAT, save_adapter
 from moe_medical.adapters.model import adapter_parameters, attach_adapters
 from moe_medical.base_model.locate import locate_base
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.schema import ModelSection
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.foreign import ming, moe_peft, moelora

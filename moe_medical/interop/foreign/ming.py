@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.interop.foreign.peft import PREFIX, check_settings, foreign_modules, take_loras
 from moe_medical.interop.foreign.source import (
     MAX_EXPERTS,

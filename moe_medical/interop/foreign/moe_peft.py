@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.interop.foreign.base_layers import tail_of
 from moe_medical.interop.foreign.peft import check_settings
 from moe_medical.interop.foreign.source import (

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.config.router_kinds import TASK_FEATURES
 from moe_medical.errors import ConfigError, Problem
 from moe_medical.interop.foreign.peft import PREFIX, check_settings

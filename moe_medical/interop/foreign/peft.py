@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_medical.config.presets import PRESETS
+from moe_medical.config.adapters import PRESETS
 from moe_medical.errors import Problem
 from moe_medical.interop.foreign.base_layers import BaseLayers
 from moe_medical.interop.foreign.source import (

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_medical.config.presets import MoloraConfig
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.errors import ConfigError, DataError, Problem
 from moe_medical.interop.foreign.base_layers import BaseLayers
 from moe_medical.interop.foreign.tensors import read_tensors

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from moe_medical.config import RunConfig
+from moe_medical.config.load import run_file_tree
 from moe_medical.tracking.run_paths import RunPaths
 from moe_medical.tracking.sinks.background import Background
 from moe_medical.tracking.sinks.jsonl import JsonlSink
@@ -48,7 +48,7 @@ def _wandb(config: RunConfig, root: Path) -> WandbSink:
     wandb = config.tracking.wandb
     return WandbSink(
         root,
-        asdict(config),
+        run_file_tree(config),
         project=wandb.project,
         entity=wandb.entity,
         mode=wandb.mode,

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_medical.adapters.routing import RoutingContext
 from moe_medical.config import RunConfig
-from moe_medical.config.validate_loss import task_gradient_obstacles
+from moe_medical.config.rules import task_gradient_obstacles
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.tasks import TaskData
 from moe_medical.distributed.engine import Engine

@@ -93,11 +93,11 @@ def expected(run: Path) -> dict[str, np.ndarray]:
     from moe_medical.adapters.model import attach_adapters, routed_layers
     from moe_medical.base_model import locate_base
     from moe_medical.base_model.load import load_base
-    from moe_medical.config import load_config, resolve_adapters
+    from moe_medical.config import load_config
 
     config = load_config(str(run))
     model = load_base(locate_base(config.model), "float32").eval()
-    attach_adapters(model, resolve_adapters(config.adapters), config.run.seed)
+    attach_adapters(model, config.adapters, config.run.seed)
     inputs: dict[str, torch.Tensor] = {}
     for name, layer in routed_layers(model).items():
         layer.base.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0][0]}))

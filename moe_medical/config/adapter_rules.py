@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import get_args
 
-from moe_medical.config.deepspeed import zero_stage
-from moe_medical.config.presets import PRESETS, MoloraConfig, resolve_adapters
-from moe_medical.config.router_kinds import ROUTER_KINDS
-from moe_medical.config.schema import (
-    AdaptersSection,
+from moe_medical.config.adapters import (
+    PRESETS,
     ComputePath,
     Experts,
+    MoloraConfig,
     RouterScope,
-    RunConfig,
     Selection,
 )
-from moe_medical.config.validate_parallel import expert_parallel_problems
+from moe_medical.config.deepspeed import stage_of_file
+from moe_medical.config.parallel_rules import expert_parallel_problems
+from moe_medical.config.ranges import range_problems
+from moe_medical.config.router_kinds import ROUTER_KINDS
+from moe_medical.config.schema import RunConfig
 from moe_medical.errors import ConfigError, Problem
 
 _COEFFICIENTS = ("balance", "z", "entropy", "divergence", "localized")
 
 
 def adapter_problems(config: RunConfig) -> Iterator[Problem]:
-    """Every rule that the adapters of a run break."""
-    section = config.adapters
-    if section.preset not in PRESETS:
-        yield Problem("adapters.preset", f"must be one of {', '.join(sorted(PRESETS))}", section.preset)
+    """Rules between values that the adapters of a run break."""
+    adapters = config.adapters
+    if adapters.preset not in PRESETS:
+        yield Problem("adapters.preset", f"must be one of {', '.join(sorted(PRESETS))}", adapters.preset)
         return
-    adapters = resolve_adapters(section)
     if adapters.router not in ROUTER_KINDS:
         yield Problem("adapters.router", f"must be one of {', '.join(ROUTER_KINDS)}", adapters.router)
         return
-    ranges = list(_ranges(adapters))
-    yield from ranges
+    yield from _top_k(adapters)
     for key in ("molora", "lora"):
         yield from _patterns(f"adapters.{key}", getattr(adapters, key))
-    if not ranges:  # what follows divides by them
+    # What follows divides by numbers that have to be in their range.
+    if not any(range_problems(adapters)) and not any(_top_k(adapters)):
         yield from _routers(adapters)
         yield from _experts(adapters)
-        yield from _sources(section, adapters)
+        yield from _sources(adapters)
         yield from _losses(adapters)
         yield from _engine(config, adapters)
     yield from expert_parallel_problems(config.parallel, adapters)
@@ -51,7 +48,7 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
 
 def value_problems(adapters: MoloraConfig) -> list[Problem]:
     """Values that no setting may have, alone and without a run."""
-    return [*_names(adapters), *_ranges(adapters)]
+    return [*_names(adapters), *range_problems(adapters, "adapters."), *_top_k(adapters)]
 
 
 def refuse_unknown_task(adapters: MoloraConfig, tasks: Sequence[str]) -> None:
@@ -76,26 +73,17 @@ def _names(a: MoloraConfig) -> Iterator[Problem]:
     }
     for key, names in known.items():
         value = getattr(a, key)
-        yield from _rule(f"adapters.{key}", value, value in names, f"must be one of {', '.join(names)}")
+        if value not in names:
+            yield Problem(f"adapters.{key}", f"must be one of {', '.join(names)}", value)
 
 
-def _ranges(a: MoloraConfig) -> Iterator[Problem]:
-    for key in ("num_experts", "rank", "alpha", "temperature", "groups"):
-        value = getattr(a, key)
-        yield from _rule(f"adapters.{key}", value, 0 < value < math.inf, "must be finite and > 0")
-    bands = a.experts_per_layer
-    yield from _rule("adapters.experts_per_layer", list(bands), all(n > 0 for n in bands), "must be > 0")
-    fewest = min(bands, default=a.num_experts)
-    rule = (
-        f"must be at most num_experts ({fewest}), or 0 for all" if not bands else f"must be at most {fewest}"
-    )
-    yield from _rule("adapters.top_k", a.top_k, 0 <= a.top_k <= fewest, rule)
-    for key in ("dropout", "jitter", "localized_delta"):
-        yield from _rule(f"adapters.{key}", getattr(a, key), 0 <= getattr(a, key) < 1, "must be in [0, 1)")
-    keys = ("init_std", "shared_experts", "shared_weight", *(f"{name}_coefficient" for name in _COEFFICIENTS))
-    for key in keys:
-        value = getattr(a, key)
-        yield from _rule(f"adapters.{key}", value, 0 <= value < math.inf, "must not be negative")
+def _top_k(a: MoloraConfig) -> Iterator[Problem]:
+    fewest = min(a.experts_per_layer, default=a.num_experts)
+    if not 0 <= a.top_k <= fewest:
+        rule = f"must be at most num_experts ({fewest}), or 0 for all"
+        if a.experts_per_layer:
+            rule = f"must be at most {fewest}"
+        yield Problem("adapters.top_k", rule, a.top_k)
 
 
 def _routers(a: MoloraConfig) -> Iterator[Problem]:
@@ -159,16 +147,16 @@ def _experts(a: MoloraConfig) -> Iterator[Problem]:
         yield Problem("adapters.dora", rule, True)
 
 
-def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
+def _sources(a: MoloraConfig) -> Iterator[Problem]:
     """Where routers and experts start from."""
-    if a.freeze_router and not section.router_from:
+    if a.freeze_router and not a.router_from:
         rule = "must come with adapters.router_from: a router that nobody fitted would stay random"
         fix = "Fit one with `moe-medical router fit`, or set adapters.freeze_router to false."
         yield Problem("adapters.freeze_router", rule, True, fix)
-    if section.router_from and not a.router_kind.can_be_fitted:
+    if a.router_from and not a.router_kind.can_be_fitted:
         rule = f"must be left out under a {a.router} router: what is fitted is a token or sequence router"
-        yield Problem("adapters.router_from", rule, section.router_from)
-    folders = section.experts_from or []
+        yield Problem("adapters.router_from", rule, a.router_from)
+    folders = a.experts_from
     if a.freeze_experts and not folders:
         rule = "must come with adapters.experts_from: experts that nobody trained would stay zero"
         fix = "Name one adapter folder for each expert."
@@ -176,9 +164,9 @@ def _sources(section: AdaptersSection, a: MoloraConfig) -> Iterator[Problem]:
     if len(folders) not in (0, 1, a.num_experts) or (len(folders) == 1 and a.freeze_experts):
         rule = f"must name one adapter that all copy, or {a.num_experts}, one for each expert"
         yield Problem("adapters.experts_from", rule, len(folders))
-    if section.start_noise is not None and (section.start_noise < 0 or len(folders) != 1):
+    if a.start_noise is not None and (a.start_noise < 0 or len(folders) != 1):
         rule = "must not be negative, and is for the copies of one adapter in adapters.experts_from"
-        yield Problem("adapters.start_noise", rule, section.start_noise)
+        yield Problem("adapters.start_noise", rule, a.start_noise)
     if folders and a.experts == "ffn":
         yield Problem("adapters.experts_from", "must be left out with `experts: ffn`", list(folders))
     if len(folders) > 1 and (a.shared_a or a.experts_per_layer):
@@ -212,7 +200,7 @@ def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
     if lends and config.training.activation_checkpointing == "reentrant":
         rule = "must not be `reentrant` with a router for the whole model: its gradient would come in parts"
         yield Problem("training.activation_checkpointing", rule, "reentrant", "Use non_reentrant.")
-    if _stage(parallel.deepspeed) == 3:
+    if stage_of_file(parallel.deepspeed) == 3:
         for what in a.not_under_zero3():
             yield Problem(
                 "parallel.deepspeed", f"must be below ZeRO-3 with adapters.{what}", 3, "Use ZeRO-2."
@@ -222,22 +210,9 @@ def _engine(config: RunConfig, a: MoloraConfig) -> Iterator[Problem]:
             yield Problem("parallel.ep_size", f"must be 1 with adapters.{what}", parallel.ep_size)
 
 
-def _stage(path: str) -> int:
-    """Of a DeepSpeed JSON; 0 where it cannot be read, which is told elsewhere."""
-    try:
-        return zero_stage(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0
-
-
 def _patterns(key: str, patterns: tuple[str, ...]) -> Iterator[Problem]:
     for i, pattern in enumerate(patterns):
         try:
             re.compile(pattern)
         except re.error as e:
             yield Problem(f"{key}[{i}]", f"must be a regular expression ({e})", pattern)
-
-
-def _rule(key: str, value: object, holds: bool, rule: str) -> Iterator[Problem]:
-    if not holds:
-        yield Problem(key, rule, value)

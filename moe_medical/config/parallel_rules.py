@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_medical.config.adapters import MoloraConfig
 from moe_medical.config.deepspeed import (
     OFFLOAD_KEYS,
     RUN_FILE_OWNS,
@@ -24,7 +25,6 @@ from moe_medical.config.deepspeed import (
     ZERO_KEYS,
     offloads,
 )
-from moe_medical.config.presets import MoloraConfig
 from moe_medical.config.schema import ParallelSection
 from moe_medical.errors import Problem
 
@@ -73,7 +73,8 @@ def deepspeed_problems(parallel: ParallelSection) -> Iterator[Problem]:
 
 
 def _zero(path: Path, settings: Mapping[str, Any], parallel: ParallelSection) -> Iterator[Problem]:
-    where, zero = f"{path}: zero_optimization", settings.get("zero_optimization", {})
+    where = f"{path}: zero_optimization"
+    zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         yield Problem(where, "must be an object", zero)
         return
