@@ -53,9 +53,9 @@ def _keys_of_section(section: type, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _exit_codes() -> dict[str, int]:
-    from moe_medical.errors import MoeMedicalError
+    from moe_medical import errors
 
-    classes = [MoeMedicalError, *MoeMedicalError.__subclasses__()]
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and hasattr(c, "exit_code")]
     return {c.__name__: c.exit_code for c in sorted(classes, key=lambda c: (c.exit_code, c.__name__))}
 
 

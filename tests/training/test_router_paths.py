@@ -122,8 +122,10 @@ def by_autograd(
         )
         with forward_context(context, rows) as bound:
             tokens = token_losses(engine, rows)
-            logits.append([routing.logits_TE[bound.token_mask_T] for routing in bound.routings.values()])
-            chosen.append([routing.expert_ids_TK[bound.token_mask_T] for routing in bound.routings.values()])
+            mask_T = bound.inputs.token_mask_T
+            routings = bound.record.routings.values()
+            logits.append([routing.logits_TE[mask_T] for routing in routings])
+            chosen.append([routing.expert_ids_TK[mask_T] for routing in routings])
         each_PN, weight_PN = tokens.losses.view(3, -1), weights(tokens).view(3, -1)
         assert not torch.equal(each_PN[0], each_PN[1])
         for first, last in borders(batch):

@@ -58,7 +58,7 @@ def test_wandb_holds_what_metrics_jsonl_holds(finished: tuple[Path, str]) -> Non
     run = finished[0] / "run"
     ours = read_metrics(run / "metrics.jsonl")
     theirs = [row for row in read_run(run / "wandb").history if "global_step" in row]
-    assert [r["step"] for r in ours] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 6]  # logged, looked at, evaluated
+    assert [r["step"] for r in ours] == [0, 1, 2, 3, 3, 4, 5, 6, 6]  # a row a step, and one an evaluation
     assert len(theirs) == len(ours)
     for mine, its in zip(ours, theirs, strict=True):
         assert its["global_step"] == mine.pop("step")

@@ -1,0 +1,95 @@
+"""A process that has imported what every rank imports, and forks ranks: a second of them instead of eight.
+
+    stdin:   {"output": FILE, "environment": {...}, "folder": CWD, "argv": [FILE, FUNCTION, FOLDER]}
+    stdout:  {"pid": 12}, then once it has ended {"ended": 12, "code": 0}; negative codes are signals
+
+A fork has all that the server has and nothing that it does not: the server never computes, joins a process
+group or starts a thread. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    preload()
+    say({"ready": True})
+    waiting = b""
+    while True:
+        if select.select([0], [], [], 0.02)[0]:
+            received = os.read(0, 1 << 20)
+            if not received:
+                return
+            *lines, waiting = (waiting + received).split(b"\n")
+            for line in lines:
+                say({"pid": fork(json.loads(line))})
+        reap()
+
+
+def preload() -> None:
+    """Import; it must be done before the first fork, as each rank would do it again."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU, ranks are not forked
+    os.environ["DEEPSPEED_LOG_LEVEL"] = "error"
+    import deepspeed
+    import transformers
+
+    import moe_medical.training.trainer
+
+    assert deepspeed
+    assert transformers
+    assert moe_medical.training.trainer
+
+
+def fork(rank: dict[str, Any]) -> int:
+    """Start a rank; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        output = os.open(rank["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        os.environ.clear()
+        os.environ.update(rank["environment"])
+        os.chdir(rank["folder"])
+        sys.argv[1:] = rank["argv"]
+        from support.rank_child import main as run
+
+        run()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        from moe_medical.distributed.topology import end_rank
+
+        end_rank(code)
+
+
+def reap() -> None:
+    """Tell of ranks that have ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        say({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+
+
+def say(message: dict[str, Any]) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
