@@ -240,8 +240,8 @@ def test_kept_for_backward_are_the_input_the_chosen_units_and_the_routing(kind: 
 
 def test_frozen_experts_and_gates_get_no_gradient():
     y, x, (A, B, gate) = draw(T, F), draw(T, D), of_kind("gated")
-    frozen = [t.detach() for t in (A, B, gate)]
-    apply_lora(y, x, LoraFactors(*frozen[:2], 2.0), frozen[2]).sum().backward()
+    frozen = A, B, gate = tuple(t.detach() for t in (A, B, gate))
+    apply_lora(y, x, LoraFactors(A, B, 2.0), gate).sum().backward()
     expected = torch.autograd.grad((2 * by_expert(x, A, B, gate)).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
     assert all(t.grad is None for t in frozen)

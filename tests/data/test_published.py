@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny import write_tiny_model
 
 from moe_medical.config.schema import DataSection
 from moe_medical.data.chat import ChatFormat
@@ -21,7 +22,6 @@ from moe_medical.data.sources import Split, load_split
 from moe_medical.data.tasks import load_tasks
 from moe_medical.errors import ConfigError, DataError
 from moe_medical.evaluation.metrics import score
-from tests.support.tiny import write_tiny_model
 
 RECIPES = Path(__file__).parents[2] / "data_recipes"
 TASKS = RECIPES / "tasks"

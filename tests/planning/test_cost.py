@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -406,7 +406,7 @@ def _held(trainer: Trainer) -> dict[str, int]:
     held, outer = sum(size(p) for p in parameters), engine.deepspeed.optimizer
     masters: list[torch.Tensor] = []
     if engine.stage == 3:
-        held = sum(size(p.ds_tensor) + p.ds_persist * size(p) for p in parameters)
+        held = sum(size(p.ds_tensor) + p.ds_persist * size(p) for p in cast(list[Any], parameters))
         masters = outer.fp32_partitioned_groups_flat
     elif engine.stage:
         masters = outer.single_partition_of_fp32_groups

@@ -122,3 +122,16 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@dataclass(frozen=True)
+class UndisturbedRun:
+    """A finished run of 40 steps, ZeRO-2 on 2 ranks, with dropout.
+
+    Evaluations are due at other steps than checkpoints, and log lines carry sums over several steps.
+    """
+
+    run_file: Path
+    folder: Path
+    tasks: Path
+    output: str

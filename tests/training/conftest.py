@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from support.launches import LAUNCH, run_to_end
+from support.launches import LAUNCH, UndisturbedRun, run_to_end
 from support.tiny import write_tiny_run
 
 STEPS = 40
-
-
-@dataclass(frozen=True)
-class UndisturbedRun:
-    """A finished run of 40 steps, ZeRO-2 on 2 ranks, with dropout.
-
-    Evaluations are due at other steps than checkpoints, and log lines carry sums over several steps.
-    """
-
-    run_file: Path
-    folder: Path
-    tasks: Path
-    output: str
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.launches import LAUNCH, adapter_bytes, launched, reached, rows, run_to_end, survivors
+from support.launches import UndisturbedRun, LAUNCH, adapter_bytes, launched, reached, rows, run_to_end, survivors
 
 from moe_medical.ports import free_port
 
 if TYPE_CHECKING:
-    from conftest import UndisturbedRun
-
+    
 BIN = Path(sys.executable).parent
 DEEPSPEED = ["deepspeed", "--num_gpus", "2", "--master_port", "{port}", "--module", "moe_medical", "train"]
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "moe_medical", "train"]

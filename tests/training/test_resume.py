@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.launches import (
+from support.launches import UndisturbedRun, (
     LAUNCH,
     adapter_bytes,
     checkpoint_steps,
@@ -24,8 +24,7 @@ from support.ranks import on_ranks
 from support.tiny import write_tiny_run
 
 if TYPE_CHECKING:
-    from conftest import UndisturbedRun
-
+    
 
 def _command(run: UndisturbedRun, folder: Path, *overrides: str) -> list[str]:
     return [*LAUNCH, str(run.run_file), f"run.dir={folder}", *overrides]
