@@ -8,9 +8,9 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-import numpy as npfrom typing import cast
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

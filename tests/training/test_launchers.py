@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from support.launches import UndisturbedRun, LAUNCH, adapter_bytes, launched, reached, rows, run_to_end, survivors
+from support.launches import (
+    LAUNCH,
+    UndisturbedRun,
+    adapter_bytes,
+    launched,
+    reached,
+    rows,
+    run_to_end,
+    survivors,
+)
 
 from moe_medical.ports import free_port
 
-if TYPE_CHECKING:
-    
 BIN = Path(sys.executable).parent
 DEEPSPEED = ["deepspeed", "--num_gpus", "2", "--master_port", "{port}", "--module", "moe_medical", "train"]
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "moe_medical", "train"]

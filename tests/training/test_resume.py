@@ -8,10 +8,10 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from support.launches import UndisturbedRun, (
+from support.launches import (
     LAUNCH,
+    UndisturbedRun,
     adapter_bytes,
     checkpoint_steps,
     launched,
@@ -23,8 +23,6 @@ from support.launches import UndisturbedRun, (
 from support.ranks import on_ranks
 from support.tiny import write_tiny_run
 
-if TYPE_CHECKING:
-    
 
 def _command(run: UndisturbedRun, folder: Path, *overrides: str) -> list[str]:
     return [*LAUNCH, str(run.run_file), f"run.dir={folder}", *overrides]
