@@ -80,13 +80,16 @@ class ProgressLine:
     """One progress bar with a free text beside it; log lines at every tenth where there is no terminal."""
 
     def __init__(self, label: str, total: int, progress: Progress | None) -> None:
-        self._label, self._total, self._done = label, max(total, 1), 0
+        self._label = label
+        self._total = max(total, 1)
+        self._done = 0
         self._note = ""
         self._progress = progress
         self._task = progress.add_task(label, total=total, note="") if progress else None
 
     def advance(self, by: int = 1, note: str = "") -> None:
-        before, self._done = self._done, self._done + by
+        before = self._done
+        self._done = self._done + by
         self._note = note or self._note
         if self._progress and self._task is not None:
             self._progress.update(self._task, advance=by, note=self._note)

@@ -171,7 +171,8 @@ class _ApplyExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, gate, mask, *saved = ctx.saved_tensors
-        gathered, kept = saved[: ctx.num_gathered], saved[ctx.num_gathered :]
+        gathered = saved[: ctx.num_gathered]
+        kept = saved[ctx.num_gathered :]
         _, wants_x, wants_A, wants_B, wants_gate, *_ = ctx.needs_input_grad
         exchange = ctx.call.exchange
         wanted = Wanted(bool(wants_A or wants_B or exchange), wants_gate, x.shape if wants_x else None)

@@ -145,7 +145,8 @@ def _tensor_problems(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         Problem(name, "is not of a router of router.json") for name in sorted(tensors.keys() - allowed)
     ]
     for name in sorted(tensors.keys() & allowed):
-        shape, experts = tuple(tensors[name].shape), len(about["labels"])
+        shape = tuple(tensors[name].shape)
+        experts = len(about["labels"])
         if shape[:1] != (experts,) or len(shape) != (2 if name in wanted else 1):
             problems.append(Problem(name, f"must have a row for each of the {experts} labels", shape))
     return problems

@@ -150,7 +150,8 @@ def _parse(path: Path, document: Any) -> tuple[MoloraConfig, dict[str, Any]]:
             "format_version", f"must be {FORMAT_VERSION}", found, "Install a newer moe_medical."
         )
         raise ConfigError(str(path), [problem])
-    config, meta = _object(header.get("config")), _object(header.get("meta"))
+    config = _object(header.get("config"))
+    meta = _object(header.get("meta"))
     if header["format_version"] < FORMAT_VERSION:  # what is not there did not exist: it has its default
         config = _DEFAULTS.saved() | config
     problems = _key_problems("", header, {"format", "format_version", "config", "meta"})

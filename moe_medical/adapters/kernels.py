@@ -102,7 +102,8 @@ def a_gradient(grad_hidden_TH: Tensor, x_TD: Tensor, lora_A: Tensor) -> Tensor:
 
 def add_delta(y_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float) -> None:
     """y += scale * (hidden * gate) B^T, in place; all but the gate are contiguous."""
-    (tokens, features), (experts, _, rank) = y_TF.shape, lora_B.shape
+    (tokens, features) = y_TF.shape
+    (experts, _, rank) = lora_B.shape
     grid = (_blocks(tokens, _TOKENS_BLOCK), _blocks(features, _FEATURES_BLOCK))
     sizes = (tokens, features, experts * rank, experts, scale)
     _kernels().add_delta[grid](y_TF, hidden_TH, gate_TE.contiguous(), lora_B, *sizes, **_constants(rank))
@@ -112,7 +113,8 @@ def hidden_gradient(
     grad_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(T, H) gradient of the hidden units in the dtype of grad_TF, (T, E) float32 gradient of the gate."""
-    (tokens, features), (experts, _, rank) = grad_TF.shape, lora_B.shape
+    (tokens, features) = grad_TF.shape
+    (experts, _, rank) = lora_B.shape
     grad_hidden_TH = torch.empty_like(hidden_TH)
     grad_gate_TE = torch.empty(tokens, experts, dtype=torch.float32, device=grad_TF.device)
     constants = _constants(rank)
@@ -126,8 +128,10 @@ def hidden_gradient(
 
 def b_gradient(grad_TF: Tensor, hidden_TH: Tensor, gate_TE: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """scale * grad_y^T (hidden * gate) in the shape and dtype of B."""
-    (tokens, features), (experts, _, rank) = grad_TF.shape, lora_B.shape
-    grad_B, constants = torch.empty_like(lora_B), _constants(rank)
+    (tokens, features) = grad_TF.shape
+    (experts, _, rank) = lora_B.shape
+    grad_B = torch.empty_like(lora_B)
+    constants = _constants(rank)
     grid = (_blocks(features, _FEATURES_BLOCK), _blocks(experts * rank, constants["BLOCK_H"]))
     sizes = (tokens, features, experts * rank, experts, scale)
     _kernels().b_gradient[grid](grad_TF, hidden_TH, gate_TE.contiguous(), grad_B, *sizes, **constants)
@@ -144,7 +148,8 @@ def _product(
     """left (M, K) times right, read with these strides as (K, N) and cast to the dtype of left."""
     out = torch.empty(shape, dtype=dtype or left.dtype, device=left.device)
     grid = (_blocks(shape[0], _TOKENS_BLOCK), _blocks(shape[1], _FEATURES_BLOCK))
-    sizes, blocks = (*shape, left.shape[1]), {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    sizes = (*shape, left.shape[1])
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
     strides = (*left.stride(), *right_strides)
     _kernels().product[grid](left, right, out, *sizes, *strides, WIDE=interpreted(), **blocks)
     return out

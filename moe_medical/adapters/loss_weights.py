@@ -68,7 +68,8 @@ def kinds_of_tasks(adapters: MoloraConfig, tasks: Sequence[str]) -> list[int]:
         ConfigError: A name is unknown, or one kind has no task.
     """
     first = adapters.localized_tasks
-    key, fix = "adapters.localized_tasks", f"The run's tasks are: {', '.join(tasks)}."
+    key = "adapters.localized_tasks"
+    fix = f"The run's tasks are: {', '.join(tasks)}."
     if unknown := [name for name in first if name not in tasks]:
         problem = Problem(key, "must name tasks of the run", ", ".join(unknown), fix)
         raise ConfigError("the run file", [problem])

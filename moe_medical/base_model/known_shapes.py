@@ -161,7 +161,8 @@ def llama_shape(name: str, config: Mapping[str, Any]) -> BaseShape:
 
 def shape_of(base: BaseModel) -> BaseShape:
     """The shape of a base model on this machine, from the headers of its weights."""
-    shapes, config = linear_shapes(base), base.config
+    shapes = linear_shapes(base)
+    config = base.config
     blocks = {name: s for name, s in shapes.items() if block_of(name) >= 0}
     hidden = int(config.get("hidden_size") or config.get("n_embd") or next(iter(shapes.values())).in_features)
     return BaseShape(
@@ -186,10 +187,12 @@ def _position(name: str) -> tuple[int, int, str]:
 
 
 def _llama_linears(config: Mapping[str, Any]) -> dict[str, LinearShape]:
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    hidden = int(config["hidden_size"])
+    inner = int(config["intermediate_size"])
     heads = int(config["num_attention_heads"])
     head = _head_size(config)
-    query, key = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    query = heads * head
+    key = int(config.get("num_key_value_heads") or heads) * head
     block = {
         "self_attn.q_proj": LinearShape(hidden, query),
         "self_attn.k_proj": LinearShape(hidden, key),

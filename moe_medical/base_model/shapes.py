@@ -51,7 +51,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         DataError: The index cannot be read.
     """
-    index, single = folder / f"{_SINGLE}.index.json", folder / _SINGLE
+    index = folder / f"{_SINGLE}.index.json"
+    single = folder / _SINGLE
     if single.is_file():
         return [single]
     if not index.is_file():

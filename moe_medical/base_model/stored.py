@@ -34,7 +34,9 @@ class StoredTensor:
     """
 
     def __init__(self, part: Any, path: Path, name: str) -> None:
-        self._part, self.path, self.name = part, path, name
+        self._part = part
+        self.path = path
+        self.name = name
         self._stand_in: Tensor | None = None
         self.shape = torch.Size(part.get_shape())
 

@@ -93,7 +93,8 @@ def collate_packed(rows: Sequence[Sequence[tuple[Encoded, int]]], pad_id: int) -
 
 def _batch(rows: Sequence[Sequence[tuple[Encoded, int]]], length: int, pad_id: int, packed: bool) -> Batch:
     shape = (len(rows), length)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+    ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, IGNORE)
     mask = torch.zeros(shape, dtype=torch.bool)
     positions, tasks, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     for b, row in enumerate(rows):
@@ -101,7 +102,8 @@ def _batch(rows: Sequence[Sequence[tuple[Encoded, int]]], length: int, pad_id: i
         end = 0 if packed else length - sum(sizes)
         tasks[b] = row[-1][1]  # padding too: a task id must be one
         for (sample, task), size in zip(row, sizes, strict=True):
-            start, end = end, end + size
+            start = end
+            end = end + size
             border = start + sample.num_prompt_tokens
             ids[b, start:end] = torch.as_tensor(sample.input_ids)
             labels[b, border:end] = ids[b, border:end]
@@ -138,7 +140,10 @@ class TrainingBatches:
     """
 
     def __init__(self, plan: MixPlan, tasks: Sequence[TaskData], chat: ChatFormat, shape: BatchShape) -> None:
-        self._plan, self._tasks, self._chat, self._shape = plan, tasks, chat, shape
+        self._plan = plan
+        self._tasks = tasks
+        self._chat = chat
+        self._shape = shape
 
     def step(self, step: int) -> list[Batch]:
         """Micro-batches of this rank for step `step`, counted from 0; every rank has equally many."""

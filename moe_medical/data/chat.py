@@ -77,8 +77,12 @@ class ChatFormat:
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, frame: _Frame, pad_id: int, end_id: int, max_length: int
     ) -> None:
-        self._folder, self._tokenizer, self._frame = folder, tokenizer, frame
-        self.pad_id, self.end_id, self.max_length = pad_id, end_id, max_length
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._frame = frame
+        self.pad_id = pad_id
+        self.end_id = end_id
+        self.max_length = max_length
         self._footer_ids = self._ids(frame.footer)
         overhead = len(self._ids(frame.header)) + len(self._footer_ids)
         self.max_target_tokens = max_length - overhead - _MIN_PROMPT_TOKENS
@@ -124,7 +128,8 @@ class ChatFormat:
         Raises:
             TargetTooLong: where the target of one of them does not fit.
         """
-        frame, border = self._frame, len(self._footer_ids)
+        frame = self._frame
+        border = len(self._footer_ids)
         pairs = [(prompt.strip(), target.strip()) for prompt, target in samples]
         starts = self._many_ids([frame.header + prompt + frame.footer for prompt, _ in pairs])
         ends = self._many_ids([frame.footer + frame.lead + target + frame.tail for _, target in pairs])
@@ -152,7 +157,9 @@ class ChatFormat:
 
     def fits_many(self, targets: Sequence[str]) -> list[bool]:
         """`fits` of many targets, on all cores."""
-        frame, border, most = self._frame, len(self._footer_ids), self.max_target_tokens
+        frame = self._frame
+        border = len(self._footer_ids)
+        most = self.max_target_tokens
         completions = [frame.lead + target.strip() + frame.tail for target in targets]
         # No token is less than a character of ASCII, so most targets need no tokenizer.
         fits = [text.isascii() and len(text) < most for text in completions]
@@ -233,7 +240,8 @@ class ChatFormat:
         surplus = len(ids) + reserve - self.max_length
         if surplus <= 0:
             return ids, 0
-        start, end = len(frame.header), len(frame.header) + len(prompt)
+        start = len(frame.header)
+        end = len(frame.header) + len(prompt)
         first, last = _cut(encoding.offsets, start, end, surplus)
         return ids[:first] + ids[last:], last - first
 
@@ -241,7 +249,8 @@ class ChatFormat:
 def _cut(offsets: Sequence[tuple[int, int]], start: int, end: int, surplus: int) -> tuple[int, int]:
     """Range of tokens to drop: in the middle of the characters [start, end), never half a character."""
     inside = [i for i, (a, b) in enumerate(offsets) if a >= start and b <= end]
-    low, high = inside[0], inside[-1] + 1
+    low = inside[0]
+    high = inside[-1] + 1
     first = low + (len(inside) - surplus + 1) // 2
     last = first + surplus
     while first > low and offsets[first][0] < offsets[first - 1][1]:

@@ -133,7 +133,8 @@ def _options_listed(row: Row, spec: TaskSpec) -> str:
 
 def _answer_letters(row: Row, spec: TaskSpec) -> str:
     """The answer's letters, from letters or from the text of an option; a number would be ambiguous."""
-    answer, options = text_of(row, "answer"), _options(row, spec)
+    answer = text_of(row, "answer")
+    options = _options(row, spec)
     letters = letters_of(answer)
     if letters and set(letters) <= {letter for letter, _ in options}:
         return letters
@@ -245,7 +246,8 @@ class _Images:
     """A folder of images and of zip archives of images."""
 
     def __init__(self, folder: Path, column: str) -> None:
-        self._folder, self._column = folder, column
+        self._folder = folder
+        self._column = column
         self._members: dict[Path, frozenset[str]] = {}
 
     def find(self, row: Row) -> str | None:

@@ -106,7 +106,9 @@ class DynamicRule(ABC):
         floor: float = 0.0,
         ceiling: float = 1.0,
     ) -> None:
-        self._names, self._section, self._count = list(names), section, len(shares)
+        self._names = list(names)
+        self._section = section
+        self._count = len(shares)
         self._tasks = np.flatnonzero(shares)
         self._static = np.asarray(shares, dtype=np.float64)[self._tasks] / np.sum(shares)
         self._low = np.maximum(section.low * self._static, np.minimum(floor, self._static))
@@ -194,7 +196,8 @@ class RegretRule(DynamicRule):
         """How far the gain of each task is ahead of what the mixture's gain per sample would give it."""
         weight = min(1.0, 2 * (1 - self._section.smoothing))
         gain = np.nan_to_num(progress.gain_T)
-        mean, seen = self._smoothed("gain", gain, weight), self._smoothed("samples", samples, weight)
+        mean = self._smoothed("gain", gain, weight)
+        seen = self._smoothed("samples", samples, weight)
         usual = max(0.0, mean.sum()) / max(seen.sum(), _TINY) * seen
         noise = np.maximum(weight * progress.gain_noise_T, _TINY)
         ratio = (np.maximum(0, mean) + noise) / (usual + noise)
@@ -306,12 +309,17 @@ class DynamicMix:
         num_samples: int,
         agree: Callable[[Floats], Floats],
     ) -> None:
-        self._rule, self._plan, self._mix, self._agree = rule, plan, mix, agree
-        self._global_batch, self._num_samples = global_batch, num_samples
+        self._rule = rule
+        self._plan = plan
+        self._mix = mix
+        self._agree = agree
+        self._global_batch = global_batch
+        self._num_samples = num_samples
         self._rows = np.array([size.rows for size in sizes])
         self._limits = row_limits([size.rows for size in sizes], [size.max_repeats for size in sizes])
         self._units = units_per_sample(mix, sizes)
-        self._decided, self._given = 0, np.zeros_like(self._rows)
+        self._decided = 0
+        self._given = np.zeros_like(self._rows)
 
     @property
     def needs(self) -> Needs:
@@ -347,7 +355,8 @@ class DynamicMix:
         left = self._limits - self._plan.counts(start)
         weights = self._agree(spread_caps(weights, left, self._num_samples - start))
         self._plan.set_weights(weights, from_block=first)
-        self._decided, self._given = done_steps, given
+        self._decided = done_steps
+        self._given = given
         return first, weights
 
     def state(self) -> dict[str, Any]:
@@ -362,7 +371,8 @@ class DynamicMix:
             same_plan: False where the plan is another one, which has given other samples until now.
         """
         self._rule.load_state(state["rule"])
-        self._decided, self._given = state["decided"], np.array(state["given"], dtype=np.int64)
+        self._decided = state["decided"]
+        self._given = np.array(state["given"], dtype=np.int64)
         if not same_plan:
             self._given = self._plan.counts(self._decided * self._global_batch)
 

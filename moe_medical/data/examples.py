@@ -24,20 +24,25 @@ class ExampleMaker:
     """Fills a task's templates from rows."""
 
     def __init__(self, spec: TaskSpec) -> None:
-        self._task, self._id, self._choices = spec.name, spec.id, spec.choices
-        self._prompt, self._target = parse_template(spec.prompt), parse_template(spec.target)
+        self._task = spec.name
+        self._id = spec.id
+        self._choices = spec.choices
+        self._prompt = parse_template(spec.prompt)
+        self._target = parse_template(spec.target)
         self.rows = row_maker(spec, [*template_columns(spec.prompt), *template_columns(spec.target)])
         """Record -> the rows that fill the templates, none where it is not of the task."""
         self._image = image_finder(spec)
 
     def __call__(self, row: dict[str, Any], number: int) -> Example:
         """The example of a record's row; its id is "" where the task names no column for it."""
-        prompt, target = _fill(self._prompt, row), _fill(self._target, row)
+        prompt = _fill(self._prompt, row)
+        target = _fill(self._target, row)
         if not prompt:
             raise BadShape("empty prompt")
         if not target:
             raise BadShape("empty target")
-        choices, image = _choices(row, self._choices), self._image(row)
+        choices = _choices(row, self._choices)
+        image = self._image(row)
         return Example(self._task, self._identity(row, number), prompt, target, choices, image)
 
     def _identity(self, row: dict[str, Any], number: int) -> str:

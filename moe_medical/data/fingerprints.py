@@ -48,7 +48,8 @@ class Fingerprint:
 
     def first_difference(self, other: Fingerprint) -> int:
         """Number of the first MiB that differs, counted from 0; the two must differ."""
-        mine, theirs = self.chunks, other.chunks
+        mine = self.chunks
+        theirs = other.chunks
         pairs = range(0, min(len(mine), len(theirs)), 8)
         return next((i for i in pairs if mine[i : i + 8] != theirs[i : i + 8]), len(pairs) * 8) // 8
 
@@ -93,7 +94,8 @@ def fingerprint_file(file: Path, clock_ns: Callable[[], int] = time.time_ns) -> 
     Raises:
         OSError: the file cannot be read.
     """
-    state, kept = _state(file), _kept(file)
+    state = _state(file)
+    kept = _kept(file)
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(kept.read_text())
         if known["state"] == state:

@@ -29,7 +29,8 @@ class Loader:
     """
 
     def __init__(self, batches: TrainingBatches, workers: int, ahead: int, pin: bool = False) -> None:
-        self._batches, self._pin = batches, pin
+        self._batches = batches
+        self._pin = pin
         self._ahead = ahead if workers else 0
         self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
         self._queue: deque[tuple[int, Future[list[Batch]]]] = deque()
@@ -66,7 +67,8 @@ class Loader:
 
     def waited(self) -> float:
         """Seconds that the caller has waited for steps since it last asked."""
-        waited, self._waited = self._waited, 0.0
+        waited = self._waited
+        self._waited = 0.0
         return waited
 
     def _make(self, step: int) -> list[Batch]:

@@ -98,7 +98,8 @@ class MixPlan:
             raise ValueError("every task of a mixture needs at least one row")
         if block < 1:
             raise ValueError(f"block must be >= 1, got {block}")
-        self._block, self._seed = block, seed
+        self._block = block
+        self._seed = seed
         self._max_repeats = list(max_repeats)
         self._limits = row_limits(self._sizes, self._max_repeats)
         self._history: list[tuple[int, Ints]] = []
@@ -243,7 +244,9 @@ class MixPlan:
     def _start_at(self, first: int, used: Ints, carry: Ints) -> None:
         """Plan from block `first` on: what was given before it, and the rounding error it inherits."""
         # Entry i of both is of block first + i.
-        self._first, self._used, self._carry = first, [used], [carry]
+        self._first = first
+        self._used = [used]
+        self._carry = [carry]
 
     def _lay_out(self, number: int) -> _Block:
         """Order, epochs and rows of one block."""
@@ -256,7 +259,8 @@ class MixPlan:
         sizes = self._sizes[tasks]
         epochs, places = np.divmod(k, sizes)
         rows = permute(places, sizes, _keys(self._seed, tasks, epochs))
-        streams, numbers = np.full_like(tasks, _BLOCK_STREAM), np.full_like(tasks, number)
+        streams = np.full_like(tasks, _BLOCK_STREAM)
+        numbers = np.full_like(tasks, number)
         order = permute(positions, np.full_like(tasks, len(tasks)), _keys(self._seed, streams, numbers))
         block = _Block(tasks[order].tolist(), epochs[order].tolist(), rows[order].tolist())
         while len(self._blocks) >= _KEPT_BLOCKS:
@@ -281,7 +285,8 @@ class MixPlan:
     def _share_out(self, weights: Ints, used: Ints, carry: Ints) -> tuple[Ints, Ints]:
         """Samples of each task in one block, and the rounding error that the next block inherits."""
         active = (weights > 0) & (used < self._limits)
-        counts, left = np.zeros_like(used), self._block
+        counts = np.zeros_like(used)
+        left = self._block
         while left and active.any():
             want = _shares(weights, active) * left + carry
             trial = _apportion(want, active, left)
@@ -310,12 +315,14 @@ def permute(index: Ints, size: Ints, key: Words) -> Ints:
     round adds a hash of one coordinate to the other, which can be undone. An index that lands outside
     [0, size) is sent through again (cycle walking), which keeps it a permutation.
     """
-    result, bound = index.astype(np.uint64), size.astype(np.uint64)
+    result = index.astype(np.uint64)
+    bound = size.astype(np.uint64)
     width = np.ceil(np.sqrt(size)).astype(np.uint64)
     height = (bound + width - np.uint64(1)) // width
     pending = np.arange(len(result))
     while len(pending):
-        w, h = width[pending], height[pending]
+        w = width[pending]
+        h = height[pending]
         x, y = _rounds(result[pending] // h, result[pending] % h, w, h, key[pending])
         result[pending] = x * h + y
         pending = pending[result[pending] >= bound[pending]]

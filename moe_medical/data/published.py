@@ -190,9 +190,11 @@ def _conversation(row: Row, turns: object, has_answer: bool) -> list[Row]:
     values = _spoken(turns)
     if has_answer and len(values) % 2:
         raise BadShape("the conversation does not end with an answer")
-    rows, history = [], ""
+    rows = []
+    history = ""
     for i in range(0, len(values), 2):
-        question, answer = values[i], "".join(values[i + 1 : i + 2])
+        question = values[i]
+        answer = "".join(values[i + 1 : i + 2])
         rows.append({**row, "history": history, "question": question, "answer": answer, "response": answer})
         history += f"User: {question}\nAssistant: {answer}\n"
     return rows

@@ -119,7 +119,8 @@ def _read_json(file: Path) -> Iterator[Raw]:
 def _is_json_lines(file: Path) -> bool:
     with file.open("rb") as stream:
         lines = (line for line in stream if line.strip())
-        first, second = next(lines, b""), next(lines, b"")
+        first = next(lines, b"")
+        second = next(lines, b"")
     whole = _parse_line(1, first.removeprefix(_BOM).strip()) if second else None
     return whole is not None and whole.row is not None
 

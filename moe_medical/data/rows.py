@@ -29,7 +29,9 @@ BATCH_ROWS = 1024
 _BATCH_CHARACTERS = 2**24
 _DIGEST_BYTES = 6
 _FIELDS = ("id", "prompt", "target", "choices", "image")
-_BAD, _KEPT, _META = "bad.jsonl", "kept.npy", "meta.json"
+_BAD = "bad.jsonl"
+_KEPT = "kept.npy"
+_META = "meta.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,10 @@ class _Store:
     """The files that `RowWriter` left, with the names of their sources."""
 
     def __init__(self, folder: Path, task: str, files: Sequence[str], key: str) -> None:
-        self.folder, self.task, self.files, self.key = folder, task, list(files), key
+        self.folder = folder
+        self.task = task
+        self.files = list(files)
+        self.key = key
         self.table = BatchFile(folder, "rows")
         self.meta = _read_meta(folder)
         self._ends = np.cumsum([source["rows"] for source in self.meta["sources"]])
@@ -82,7 +87,8 @@ class TextRows(Sequence[Example]):
     """Rows of a store, or some of them in any order. Read-only; safe to read from several threads."""
 
     def __init__(self, store: _Store, selection: Rows | None) -> None:
-        self._store, self._selection = store, selection
+        self._store = store
+        self._selection = selection
 
     @classmethod
     def open(cls, folder: Path, task: str, files: Sequence[str], key: str) -> TextRows:
@@ -157,7 +163,8 @@ class TextRows(Sequence[Example]):
         found: dict[int, BadRecord] = {}
         for group, batch in self._store.table.take(places):
             files = self._store.sources(places[group])
-            lines, digests = batch.column("line").to_pylist(), batch.column("digest").to_pylist()
+            lines = batch.column("line").to_pylist()
+            digests = batch.column("digest").to_pylist()
             for place, file, line, digest in zip(group.tolist(), files, lines, digests, strict=True):
                 found[place] = BadRecord(file, line, reason, digest.hex())
         return [found[place] for place in range(len(places))]
@@ -217,7 +224,8 @@ class RowWriter:
     """Writes a store into an empty folder: `add` and `set_aside`, `end_source` per source, `finish`."""
 
     def __init__(self, folder: Path, has_ids: bool, has_choices: bool, has_images: bool = False) -> None:
-        self._folder, self._has_ids = folder, has_ids
+        self._folder = folder
+        self._has_ids = has_ids
         schema = [("prompt", pa.large_string()), ("target", pa.large_string())]
         schema += [("id", pa.large_string())] if has_ids else []
         schema += [("choices", pa.list_(pa.large_string()))] if has_choices else []
@@ -285,7 +293,8 @@ class RowWriter:
         ends = np.cumsum([source["rows"] for source in self._meta["sources"]])
         sources = ends.searchsorted(repeats, side="right")
         for group, batch in file.take(repeats):
-            lines, digests = batch.column("line").to_pylist(), batch.column("digest").to_pylist()
+            lines = batch.column("line").to_pylist()
+            digests = batch.column("digest").to_pylist()
             for source, line, digest in zip(sources[group].tolist(), lines, digests, strict=True):
                 self._note(source, line, "duplicate id", digest.hex())
 

@@ -137,7 +137,8 @@ def _patterns(
 ) -> dict[str, tuple[str, ...]]:
     patterns = {}
     for split in SPLITS:
-        value, place = getattr(keys, split), f"{where}.{split}"
+        value = getattr(keys, split)
+        place = f"{where}.{split}"
         entries = [value] if isinstance(value, str) else value
         if value is None:
             continue

@@ -273,7 +273,10 @@ def _read_origin(
     spec: TaskSpec, origin: _Origin, to_example: ExampleMaker, writer: RowWriter, max_bad_fraction: float
 ) -> dict[str, Any]:
     """What the store is told of the origin."""
-    running, columns, unusable, records = Fingerprinter(), _Columns(), _Unusables(), 0
+    running = Fingerprinter()
+    columns = _Columns()
+    unusable = _Unusables()
+    records = 0
     for raw in origin.records():
         if origin.fingerprint is None:
             running.update(raw.data + b"\n")

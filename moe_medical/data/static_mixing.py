@@ -94,7 +94,8 @@ def unit_shares(mix: MixSection, tasks: Sequence[TaskSize], num_samples: int) ->
     ruled = MIX_RULES[mix.rule](mix, _Sizes([t.name for t in part], units, lengths, num_samples))
     weighed = ruled * np.array([t.weight for t in part])
     shares = np.zeros(len(tasks))
-    floors, ceilings = np.full(len(part), mix.floor), np.full(len(part), mix.ceiling)
+    floors = np.full(len(part), mix.floor)
+    ceilings = np.full(len(part), mix.ceiling)
     shares[taking] = bounded_shares(weighed, floors, ceilings)
     return shares
 
@@ -181,7 +182,8 @@ def _unimax(mix: MixSection, sizes: _Sizes) -> Floats:
 
 def _unimax_units(units: Floats, epochs: float, budget: float) -> Floats:
     """U_i = min(budget left / tasks left, epochs * n_i), smallest task first."""
-    given, left = np.zeros(len(units)), budget
+    given = np.zeros(len(units))
+    left = budget
     for rank, task in enumerate(np.argsort(units, kind="stable")):
         given[task] = min(left / (len(units) - rank), epochs * units[task])
         left -= given[task]
@@ -256,7 +258,8 @@ def spread_caps(weights: Floats, limits: Ints, num_samples: int) -> Floats:
     ceilings = np.where(shares > 0, limits / num_samples, 0.0)
     capped = np.zeros(len(shares), dtype=bool)
     while True:
-        room, rest = 1.0 - ceilings[capped].sum(), shares[~capped].sum()
+        room = 1.0 - ceilings[capped].sum()
+        rest = shares[~capped].sum()
         if rest <= 0 or room <= 0:
             return ceilings / ceilings.sum()
         filled = np.where(capped, ceilings, shares * (room / rest))

@@ -33,7 +33,8 @@ _LOG = logging.getLogger(__name__)
 _KEPT_BATCHES = 1024
 # NOTE(pyarrow): a thread of its pools may abort the process as the interpreter ends (apache/arrow#34314), so
 # none is started: no threads, and the map is read as a buffer, not as a file.
-_READ, _WRITE = pa.ipc.IpcReadOptions(use_threads=False), pa.ipc.IpcWriteOptions(use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+_WRITE = pa.ipc.IpcWriteOptions(use_threads=False)
 
 Rows = NDArray[np.int64]
 

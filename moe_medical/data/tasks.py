@@ -75,7 +75,8 @@ def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) ->
     mixture = load_mixture(Path(section.recipe))
     _check_overrides(section, mixture.tasks)
     check_text_only(mixture.tasks, Path(section.recipe))
-    most, memo = section.max_bad_fraction, TokenMemo()
+    most = section.max_bad_fraction
+    memo = TokenMemo()
     splits = [
         {split: load_split(spec, split, most) for split in ("train", evaluation_split)}
         for spec in mixture.tasks
@@ -135,7 +136,8 @@ def _unhygienic(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most: f
     """Task -> training rows that the mixture's `hygiene` leaves out; kept on disk."""
     from moe_medical.data.hygiene import hygiene_key, needs_comparison, rows_to_drop  # it takes a second
 
-    specs, settings = mixture.tasks, mixture.hygiene
+    specs = mixture.tasks
+    settings = mixture.hygiene
     if not needs_comparison(settings):
         return {spec.name: np.zeros(0, dtype=np.int64) for spec in specs}
     rows = {}

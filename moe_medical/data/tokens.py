@@ -60,7 +60,8 @@ class TokenRows(ABC):
     """Tokens of the rows of one task, by row number; any thread may ask."""
 
     def __init__(self, rows: TextRows, chat: ChatFormat) -> None:
-        self._rows, self._chat = rows, chat
+        self._rows = rows
+        self._chat = chat
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -101,7 +102,8 @@ class TokenRows(ABC):
         return content_key([*_CODE, self._rows.key, self._chat.fingerprint])
 
     def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        writer, lengths = BatchWriter(folder, "tokens", _SCHEMA), []
+        writer = BatchWriter(folder, "tokens", _SCHEMA)
+        lengths = []
         for examples in self._rows.batches():
             encoded = self._chat.encode_many([(e.prompt, e.target) for e in examples])
             sizes = np.array([len(e.input_ids) for e in encoded], dtype=np.int32)
@@ -159,7 +161,8 @@ class FreshTokens(TokenRows):
 
     def __init__(self, rows: TextRows, chat: ChatFormat, memo: TokenMemo, owner: int) -> None:
         super().__init__(rows, chat)
-        self._memo, self._owner = memo, owner
+        self._memo = memo
+        self._owner = owner
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
         return [len(packed.ids) for packed in self._packed(rows)]

@@ -73,7 +73,9 @@ def read_keys(path: Path, schema: type[Keys], found: Problems) -> Keys | None:
     tree = _read_tree(path, found)
     if tree is None:
         return None
-    raw, known, free = OmegaConf.create(tree), _known(schema), _free(schema)
+    raw = OmegaConf.create(tree)
+    known = _known(schema)
+    free = _free(schema)
     leaves = {}
     for key, value in _leaves(tree, free):
         where = f"{path}: {'.'.join(key)}"

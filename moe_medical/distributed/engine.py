@@ -65,8 +65,10 @@ class Engine:
         clip: float,
     ) -> None:
         self.deepspeed = deepspeed_engine
-        self.named, self.experts = trainable.named, trainable.experts
-        self.topology, self.group = topology, group
+        self.named = trainable.named
+        self.experts = trainable.experts
+        self.topology = topology
+        self.group = group
         self.stage = int(deepspeed_engine.zero_optimization_stage())
         self._clip_norm = clip
 
@@ -145,7 +147,8 @@ def build_engine(
     """
     import deepspeed
 
-    settings, trainable = deepspeed_settings(config, topology.world_size), Trainable.of(model, group)
+    settings = deepspeed_settings(config, topology.world_size)
+    trainable = Trainable.of(model, group)
     model.to(topology.device)
     shared, experts = trainable.split()
     groups: list[dict[str, Any]] = [{"params": shared}] if shared else []

@@ -55,8 +55,11 @@ class GatherAhead:
     def take(self, owner: GatheredWeights) -> _Gathering | None:
         """The gather that was started for this request, if there is one."""
         if self._context.current.number != self._pass:  # another micro-batch
-            self._pass, self._position, self._next = self._context.current.number, 0, None
-        ready, self._next = self._next, None
+            self._pass = self._context.current.number
+            self._position = 0
+            self._next = None
+        ready = self._next
+        self._next = None
         return ready if ready is not None and ready.owner is owner else None
 
     def go_on(self, owner: GatheredWeights) -> None:
@@ -91,7 +94,10 @@ class GatheredWeights:
         ahead: GatherAhead | None,
     ) -> None:
         self.keep = keep
-        self._layer, self._group, self._dtype, self._ahead = layer, group, dtype, ahead
+        self._layer = layer
+        self._group = group
+        self._dtype = dtype
+        self._ahead = ahead
 
     def gather(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         """See `WeightExchange`; in the given dtype."""
@@ -158,7 +164,9 @@ class SharedDispatch:
     def __init__(
         self, layers: Mapping[str, MoloraLinear], group: ExpertGroup, context: RoutingContext
     ) -> None:
-        self._layers, self._group, self._context = dict(layers), group, context
+        self._layers = dict(layers)
+        self._group = group
+        self._context = context
         self._journey: _Journey | None = None
 
     def dispatch(self, layer_name: str, x: Tensor) -> Received:
@@ -234,10 +242,12 @@ class _Journey:
     waiting: set[str]
 
     def received(self, member: int) -> Received:
-        x_RD, gate_Re = self.x_RD, self.gate_RMe[:, member]
+        x_RD = self.x_RD
+        gate_Re = self.gate_RMe[:, member]
         if len(self.returning) > 1:  # some rows came for the other members only
             row_R = _where((gate_Re != 0).any(-1), sum(self.back[member]))
-            x_RD, gate_Re = x_RD.index_select(0, row_R), gate_Re.index_select(0, row_R)
+            x_RD = x_RD.index_select(0, row_R)
+            gate_Re = gate_Re.index_select(0, row_R)
         splits = (self.back[member], self.to[member])
         return Received(x_RD, gate_Re, self.returning[member], *splits, self.group)
 
@@ -268,7 +278,9 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: ExpertGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         return _all_to_all(rows, send, receive, group)
 
     @staticmethod

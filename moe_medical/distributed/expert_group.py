@@ -74,7 +74,8 @@ def join_expert_group(ep_size: int) -> ExpertGroup | None:
 
     groups._create_expert_and_data_parallel(ep_size)
     name = f"ep_size_{ep_size}"
-    peers, replicas = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+    peers = groups._get_expert_parallel_group(name)
+    replicas = groups._get_expert_data_parallel_group(name)
     return ExpertGroup(name, ep_size, dist.get_rank(peers), peers, replicas)
 
 
@@ -87,7 +88,9 @@ def _marker(group: ExpertGroup, num_experts: int) -> nn.Module:
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.num_experts, self.ep_size, self.num_local_experts = num_experts, group.size, 0
+            self.num_experts = num_experts
+            self.ep_size = group.size
+            self.num_local_experts = 0
             self.expert_group_name = group.name
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:

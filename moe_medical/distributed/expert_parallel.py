@@ -49,7 +49,8 @@ def connect_experts(
     Returns:
         Layers by exchange.
     """
-    layers, used = routed_layers(model), Counter[str]()
+    layers = routed_layers(model)
+    used = Counter[str]()
     # ZeRO-3 has a layer's weights only while it runs, so they cannot be sent ahead of that.
     ahead = GatherAhead(context) if parallel.overlap and stage < 3 else None
     for names in shared_input_groups(layers):

@@ -45,7 +45,8 @@ class RollCall:
         self._answers: dict[int, dict[str, str]] = {}
         self._news: tuple[str, str] | None = None
         self._over = False
-        self._wake, self._done = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._attend, name="roll-call", daemon=True)
         self._thread.start()
 

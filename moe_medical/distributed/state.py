@@ -183,7 +183,8 @@ def _refresh_forward_copies(engine: Engine) -> None:
 def _refresh_partition(outer: Any, group: int, master: torch.Tensor) -> None:
     if not master.numel():
         return
-    flat, parts = outer.fp16_partitioned_groups_flat[group], outer.fp16_partitioned_groups[group]
+    flat = outer.fp16_partitioned_groups_flat[group]
+    parts = outer.fp16_partitioned_groups[group]
     flat.data.copy_(master.data)
     for part, fresh in zip(parts, outer.unflatten(flat, parts), strict=True):
         part.data = fresh.data

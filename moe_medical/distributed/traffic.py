@@ -86,7 +86,8 @@ def _ring(argument: int, rounds: int = 1) -> Bytes:
 
 
 def _all_to_all_single(args: Sequence[Any], group: dist.ProcessGroup) -> float:
-    sent, splits = args[1], args[4]
+    sent = args[1]
+    splits = args[4]
     if not splits:
         return (group.size() - 1) / group.size() * _size(sent)
     kept = splits[group.rank()] / max(sum(splits), 1)

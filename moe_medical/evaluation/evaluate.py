@@ -139,8 +139,11 @@ class Evaluator:
         context: RoutingContext | None = None,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        self._tasks, self._chat, self._section = tasks, chat, section
-        self._topology, self._synced = topology, needs_equal_forwards
+        self._tasks = tasks
+        self._chat = chat
+        self._section = section
+        self._topology = topology
+        self._synced = needs_equal_forwards
         self._context = context or RoutingContext()
         self._numbers = list(range(len(tasks)) if numbers is None else numbers)
 
@@ -180,7 +183,8 @@ class Evaluator:
         of_row = np.array([row.task for row in self._loss_rows])
         results = {}
         for i, task in enumerate(self._tasks):
-            mine, count = losses[of_row == i], int(tokens[of_row == i].sum())
+            mine = losses[of_row == i]
+            count = int(tokens[of_row == i].sum())
             result = TaskResult(
                 loss=float(mine.sum() / count),
                 tokens=count,
@@ -224,7 +228,8 @@ class Evaluator:
         width = self._section.max_new_tokens
         for rows, _ in self._dealt(self._open):
             prompts = [self._chat.encode_prompt(r.example.prompt) for r in rows]
-            where, cached = (self._chat, width, self._topology.device), not needs_whole_text(model)
+            where = (self._chat, width, self._topology.device)
+            cached = not needs_whole_text(model)
             _, prompt_mask_BS = pad_left(prompts, self._chat.pad_id, self._topology.device)
             with self._context.bind(BatchInputs.of_rows(self._task_ids(rows), prompt_mask_BS)):
                 made = generate_ids(model, prompts, *where, self._synced, cached)
@@ -264,8 +269,10 @@ class Evaluator:
         self, result: TaskResult, task: int, texts: dict[int, str], tell: Callable[[Answered], None]
     ) -> TaskResult:
         """The result with the scores of the task's answers."""
-        spec, rows = self._tasks[task].spec, [row for row in self._score_rows if row.task == task]
-        predictions, targets = [texts[row.number] for row in rows], [row.example.target for row in rows]
+        spec = self._tasks[task].spec
+        rows = [row for row in self._score_rows if row.task == task]
+        predictions = [texts[row.number] for row in rows]
+        targets = [row.example.target for row in rows]
         for i, (row, prediction) in enumerate(zip(rows, predictions, strict=True)):
             tell(Answered(spec.name, i, row.example, prediction))
         answers = Answers(

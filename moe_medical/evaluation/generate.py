@@ -104,7 +104,8 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
 
 
@@ -165,7 +166,8 @@ class _HandOut(StoppingCriteria):
     """Gives each row its token, and tells which rows have enough."""
 
     def __init__(self, rows: Sequence[Row], end_id: int) -> None:
-        self._rows, self._end_id = rows, end_id
+        self._rows = rows
+        self._end_id = end_id
         self._room = [row.max_new_tokens for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:

@@ -58,7 +58,8 @@ def _codes(answers: Answers) -> np.ndarray:
 def _class_counts(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hits, predicted and expected rows of each class, each of shape (..., classes)."""
     *lead, rows, _ = codes.shape
-    classes, samples = int(codes.max()) + 1, int(np.prod(lead, dtype=np.int64))
+    classes = int(codes.max()) + 1
+    samples = int(np.prod(lead, dtype=np.int64))
     first = classes * np.arange(samples)[:, None]
     said, right = (first + codes[..., side].reshape(samples, rows) for side in (0, 1))
 

@@ -78,7 +78,8 @@ def token_losses(forward: Forward, batch: Batch) -> TokenLosses:
     labels = batch.labels_BS[:, columns]
     supervised = labels != IGNORE
     losses = F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
-    task_ids, targets = batch.task_ids_BS[:, columns], batch.sample_targets_BS[:, columns]
+    task_ids = batch.task_ids_BS[:, columns]
+    targets = batch.sample_targets_BS[:, columns]
     rows = supervised.nonzero()[:, 0]
     return TokenLosses(losses, task_ids[supervised], targets[supervised], rows)
 

@@ -34,7 +34,8 @@ def _sides(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A prediction without a number takes the mean of those with one. Such a row adds nothing to the covariance,
     so it can only pull a Pearson coefficient towards 0: silence earns nothing.
     """
-    predicted, expected = numbers[..., 0], numbers[..., 1]
+    predicted = numbers[..., 0]
+    expected = numbers[..., 1]
     known = ~np.isnan(predicted)
     scale = np.abs(np.where(known, predicted, 0)).max(-1, keepdims=True)
     scaled = np.where(known, predicted, 0) / np.where(scale > 0, scale, 1)  # else squares may overflow

@@ -29,7 +29,8 @@ _FIELDS = ("主体词", "发生状态", "描述词", "解剖部位")
 _LISTS = ("描述词", "解剖部位")
 _UNSURE = "无法根据上下文确定病人是否患有该症状"
 _UNMARKED = "不标注"
-_TRIPLES, _TAIL = "关系的头尾实体对", "，尾实体为"
+_TRIPLES = "关系的头尾实体对"
+_TAIL = "，尾实体为"
 _FULL_WIDTH = str.maketrans(":,;", "：，；")
 
 

@@ -49,7 +49,8 @@ def normalise(text: str) -> str:
 def _carries_meaning(text: str, at: int) -> bool:
     if not unicodedata.category(text[at]).startswith("P"):
         return True
-    before, after = text[at - 1 : at], text[at + 1 : at + 2]
+    before = text[at - 1 : at]
+    after = text[at + 1 : at + 2]
     joins_digits = before.isdigit() and after.isdigit()
     is_minus = text[at] == "-" and after.isdigit() and not before.strip()
     return joins_digits or is_minus

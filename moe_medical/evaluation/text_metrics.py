@@ -105,7 +105,8 @@ def _rouge_l(tokens: Tokens) -> Callable[[Answers], np.ndarray]:
 
 def _sections_official(answers: Answers) -> np.ndarray:
     """Sum of ROUGE-L over the sections of the target, and their number: every section counts alike."""
-    compare, rows = _rouge(cblue_tokens), []
+    compare = _rouge(cblue_tokens)
+    rows = []
     for prediction, target in zip(answers.predictions, answers.targets, strict=True):
         said = report_sections(prediction)
         pairs = [(said.get(name, "") or _EMPTY, text or _EMPTY) for name, text in _sections(target).items()]
@@ -115,7 +116,8 @@ def _sections_official(answers: Answers) -> np.ndarray:
 
 def _sections_moelora(answers: Answers) -> np.ndarray:
     """Mean over rows of the mean over sections; a section that is not there gets 0."""
-    compare, values = _rouge(jieba_words), []
+    compare = _rouge(jieba_words)
+    values = []
     for prediction, target in zip(answers.predictions, answers.targets, strict=True):
         said = report_sections(prediction)
         # As published, a mark stands before both texts, so that none is empty.

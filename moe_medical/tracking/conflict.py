@@ -159,7 +159,8 @@ def conflict_overlap(conflict: Conflict, stats: RoutingStats) -> dict[str, float
     """
     if not len(stats.layers):
         return {}
-    overlap_TT, place = stats.overlap_TT(), _places(conflict, stats)
+    overlap_TT = stats.overlap_TT()
+    place = _places(conflict, stats)
     found = [(-cosine, overlap_TT[place[a], place[b]]) for a, b, cosine in conflict.conflicts]
     known = [(weight, overlap) for weight, overlap in found if np.isfinite(overlap)]
     mass = sum(weight for weight, _ in known)
@@ -174,7 +175,8 @@ def shared_experts(conflict: Conflict, stats: RoutingStats) -> list[SharedExpert
     Raises:
         ValueError: the two are of other tasks.
     """
-    place, experts = _places(conflict, stats), stats.counts_LTE.shape[-1]
+    place = _places(conflict, stats)
+    experts = stats.counts_LTE.shape[-1]
     used_LTE = np.nan_to_num(stats.usage_LTE) > _SHARED / experts
     found = []
     for first, second, cosine in conflict.strong:

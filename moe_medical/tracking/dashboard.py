@@ -192,7 +192,8 @@ def _laid_out(panels: list[Any]) -> list[Any]:
     """The panels, side by side in rows of `COLUMNS`."""
     import wandb_workspaces.reports.v2 as wr
 
-    width, height = 24 // COLUMNS, 6
+    width = 24 // COLUMNS
+    height = 6
     for i, panel in enumerate(panels):
         panel.layout = wr.Layout(x=i % COLUMNS * width, y=i // COLUMNS * height, w=width, h=height)
     return panels

@@ -26,7 +26,8 @@ import numpy as np
 Alarm = tuple[str, str]
 """Title and text."""
 _DEAD = 1 / 20
-_COLLAPSED_EXPERTS, _COLLAPSED_MASS = 1.5, 0.99
+_COLLAPSED_EXPERTS = 1.5
+_COLLAPSED_MASS = 0.99
 _CHOICES_EACH = 200
 """Choices per expert without which none is called dead. A fair router chooses an expert 200 times on average
 then, and 10 times or fewer with a probability below 1e-60; tokens of one text are alike, hence so many."""
@@ -232,7 +233,8 @@ class RoutingWatch:
 
 
 def _alarms(stats: RoutingStats, collapsed: set[str], dead: set[tuple[str, int]]) -> list[Alarm]:
-    alarms, experts = [], stats.counts_LTE.shape[-1]
+    alarms = []
+    experts = stats.counts_LTE.shape[-1]
     if collapsed:
         used = dict(zip(stats.layers, stats.effective_experts_L, strict=True))
         layers = [name for name in stats.layers if name in collapsed]

@@ -44,7 +44,8 @@ from moe_medical.tracking.reference import SOLVED, Reference, relative_gain
 
 Floats = NDArray[np.float64]
 
-_NOISE_MEAN, _NOISE_DEVIATION = 0.00849, 0.0760
+_NOISE_MEAN = 0.00849
+_NOISE_DEVIATION = 0.0760
 """Of max(0, z - 2) for a standard normal z: what passes a gate of two standard errors by chance."""
 
 
@@ -233,7 +234,9 @@ class SeesawTracker:
     def __init__(
         self, tasks: Sequence[str], section: SeesawSection, reference: Reference | None = None
     ) -> None:
-        self._tasks, self._section, self._reference = tuple(tasks), section, reference
+        self._tasks = tuple(tasks)
+        self._section = section
+        self._reference = reference
         self._tracks = {task: _Track(section.gate, section.window) for task in tasks}
 
     def update(self, probes: Mapping[str, Probed]) -> SeesawStep:
@@ -332,7 +335,8 @@ class _Track:
         if not self._recent:
             self._recent.append(now)
             return _Seen(regret=regret, since_best=self._since_best)
-        step, way = self._change(self._recent[-1], now), self._change(self._recent[0], now)
+        step = self._change(self._recent[-1], now)
+        way = self._change(self._recent[0], now)
         self._recent.append(now)
         self._moves.append(_move(step))
         return _Seen(step, regret, self._since_best, self._moves[-1], self._in_window(_move(way)))
@@ -355,7 +359,8 @@ class _Track:
     def _forget(self) -> None:
         self._recent.clear()
         self._moves.clear()
-        self._best, self._since_best = None, 0
+        self._best = None
+        self._since_best = 0
 
     def _change(self, before: ProbeLosses, now: ProbeLosses) -> _Change:
         error = paired_error(before, now) / max(before.loss, SOLVED)
@@ -380,7 +385,8 @@ def _probe_set(probe: ProbeLosses) -> tuple[int, int]:
 
 
 def _move(change: _Change) -> _Move:
-    gain, regress = max(0.0, change.value - change.gate), max(0.0, -change.value - change.gate)
+    gain = max(0.0, change.value - change.gate)
+    regress = max(0.0, -change.value - change.gate)
     return _Move(gain, regress, change.error, change.error**2)
 
 

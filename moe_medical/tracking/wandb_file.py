@@ -25,7 +25,10 @@ BLOCK_BYTES = 32768
 FILE_HEADER = struct.Struct("<4sHB")
 FRAGMENT_HEADER = struct.Struct("<IHB")
 MAGIC = (b":W&B", 0xBEE1)
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+FULL = 1
+FIRST = 2
+MIDDLE = 3
+LAST = 4
 
 
 class MetricDefinition(NamedTuple):

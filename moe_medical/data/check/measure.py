@@ -173,7 +173,8 @@ def _labels(spec: TaskSpec, rows: Sequence[Example]) -> Labels | None:
         return None
     counts = Counter(_label(spec.kind, example.target) for example in rows)
     top = counts.most_common()
-    largest, rarest = top[0][1], top[-1][1]
+    largest = top[0][1]
+    rarest = top[-1][1]
     return Labels(len(counts), _shown(counts), largest / len(rows), largest / rarest)
 
 
@@ -195,8 +196,10 @@ def _shown(counts: Counter[str]) -> dict[str, int]:
 
 
 def _overlaps(found: Comparison) -> tuple[list[Overlap], list[Overlap]]:
-    exact, near = find_overlaps(found, near=False), find_overlaps(found, near=True)
-    leaks, shared = [], []
+    exact = find_overlaps(found, near=False)
+    near = find_overlaps(found, near=True)
+    leaks = []
+    shared = []
     for a, first in enumerate(found.tasks):
         for b, second in enumerate(found.tasks):
             if near.evaluation[a, b]:

@@ -154,7 +154,8 @@ _OVERLAP_COLUMNS = ("first", "second", "equal", "equal or nearly", "rows of the 
 
 def _split_rows(task: TaskReport) -> Iterable[Sequence[object]]:
     for name, part in task.splits.items():
-        lengths, repeats = part.lengths, part.repeats
+        lengths = part.lengths
+        repeats = part.repeats
         over = "" if lengths.over is None else f"{100 * lengths.over:.1f} %"
         sizes = (part.rows, part.bad, f"{lengths.median:,.0f}", f"{lengths.p95:,.0f}", lengths.longest, over)
         yield (task.name, name, *sizes, repeats.exact, repeats.conflicting, repeats.near, part.leaking)

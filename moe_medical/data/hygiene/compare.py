@@ -128,7 +128,8 @@ def compare(
 
 def find_duplicates(found: Comparison, rows: Ints) -> Duplicates:
     """Repetition among some rows of one task, mostly `Comparison.rows_of` a split."""
-    group, target = found.group[rows], found.target[rows]
+    group = found.group[rows]
+    target = found.target[rows]
     both = np.stack([group, target], axis=1)
     _, first, node = np.unique(both, axis=0, return_index=True, return_inverse=True)
     exact = first[node] != np.arange(len(rows))
@@ -289,7 +290,8 @@ class _Reading:
     def flush(self) -> None:
         if self.bands is not None:
             self.keys.append(self.bands.keys(self._pending))
-        self._pending, self._pending_shingles = [], 0
+        self._pending = []
+        self._pending_shingles = 0
 
 
 def _digest(text: str) -> bytes:

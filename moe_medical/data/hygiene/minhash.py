@@ -77,7 +77,8 @@ def candidate_pairs(keys: Words) -> Ints:
 
 def _bucket_pairs(keys: Words, order: Ints) -> Ints:
     """Pairs in runs of equal sorted keys, coded as first * rows + second."""
-    rows, positions = len(keys), np.arange(len(keys))
+    rows = len(keys)
+    positions = np.arange(len(keys))
     is_start = np.concatenate([np.ones(min(rows, 1), np.bool_), keys[1:] != keys[:-1]])
     starts = np.maximum.accumulate(np.where(is_start, positions, 0))
     codes = [np.zeros(0, np.int64)]

@@ -95,7 +95,8 @@ class OwnText:
 
     def _pieces(self, prompt: str) -> list[str]:
         """Lines, and the labels they start with, outside of the template's literal text."""
-        own, rest = [], prompt
+        own = []
+        rest = prompt
         for literal in self._literals:
             before, found, after = rest.partition(literal)
             if found:

@@ -41,7 +41,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None, png: Path | None
             "moe-medical report", [Problem("RUN_DIR", f"must be 1 to {MOST_RUNS} folders", len(runs))]
         )
     records = read_runs(runs)
-    report, page = make_report(records), out or Path(runs[0]) / "report.html"
+    report = make_report(records)
+    page = out or Path(runs[0]) / "report.html"
     write_page(page, title(records), report.html)
     if png is not None:
         for chart in report.charts:

@@ -91,7 +91,8 @@ def standings(run: RunRecord) -> list[Standing]:
     """One per task that was evaluated, the largest share first."""
     if not run.evaluations:
         return []
-    last, first = run.evaluations[-1], run.evaluations[0]
+    last = run.evaluations[-1]
+    first = run.evaluations[0]
     whole = changes(first, last, run.seesaw) if len(run.evaluations) > 1 else {}
     end = run.seesaw_steps[-1]
     left = {t for t, r, g in zip(end.tasks, end.regret_T, end.regret_gate_T, strict=True) if r > g}

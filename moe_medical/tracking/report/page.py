@@ -16,7 +16,8 @@ from moe_medical.tracking.report.findings import Standing, standings, whole_rout
 from moe_medical.tracking.report.record import RunRecord
 from moe_medical.tracking.report.words import comparison, shared, summary
 
-_DECISIONS, _PAIRS = 60, 12
+_DECISIONS = 60
+_PAIRS = 12
 _NOTES = {
     "task": "the largest share of the run first",
     "share": "of all samples that the run has trained on",
@@ -298,7 +299,8 @@ def _seesaw(report: Report, run: RunRecord, prefix: str, alone: bool) -> None:
 
 
 def _mixture(report: Report, run: RunRecord, prefix: str, alone: bool) -> None:
-    bars, areas = mixture.mixture(run), mixture.over_time(run)
+    bars = mixture.mixture(run)
+    areas = mixture.over_time(run)
     if bars is None and areas is None and not run.decisions:
         return
     _heading(report, "Mixture and decisions", alone)

@@ -171,7 +171,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read_run(folder: Path, name: str) -> RunRecord:
-    paths, bad = RunPaths(folder), _Unreadable(folder)
+    paths = RunPaths(folder)
+    bad = _Unreadable(folder)
     if not (paths.config.is_file() or paths.metrics.is_file()):
         raise DataError(f"{folder} is no run folder: it has neither config.yaml nor metrics.jsonl.")
     config = bad.read(paths.config, lambda text: dict(yaml.safe_load(text))) or {}
@@ -268,7 +269,8 @@ def _section(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def _seesaw(config: Mapping[str, Any]) -> SeesawSection:
-    found, known = _section(config, "tracking", "seesaw"), SeesawSection()
+    found = _section(config, "tracking", "seesaw")
+    known = SeesawSection()
     numbers = {key: found.get(key, getattr(known, key)) for key in ("gate", "window", "worst")}
     return SeesawSection(**numbers)
 

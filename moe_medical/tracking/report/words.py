@@ -65,7 +65,8 @@ def _seesaw(run: RunRecord) -> Iterator[str]:
     steps = run.seesaw_steps
     if len(steps) < 2:
         return
-    end, window = steps[-1].window, min(run.seesaw.window, len(steps) - 1)
+    end = steps[-1].window
+    window = min(run.seesaw.window, len(steps) - 1)
     over = f"Over the last {window} interval{'s' if window > 1 else ''} between evaluations"
     if not (end.gain > end.noise or end.regress > end.noise):
         yield f"{over} nothing moved by more than noise: the seesaw index is 0."
@@ -138,7 +139,8 @@ def _routing(run: RunRecord) -> Iterator[str]:
     stats = whole_routing(run)
     if stats is None:
         return
-    dead, collapsed = int(stats.dead_LE.sum()), int(stats.collapsed_L.sum())
+    dead = int(stats.dead_LE.sum())
+    collapsed = int(stats.collapsed_L.sum())
     if dead or collapsed:
         yield (
             f"Routing: {dead} of {stats.dead_LE.size} experts hardly used; "

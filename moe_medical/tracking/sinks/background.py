@@ -45,7 +45,8 @@ class Background(Sink):
         """Calls that found no place, so far."""
         self.failures = 0
         """Exceptions swallowed, so far."""
-        self._open, self._last_wait = open, last_wait_seconds
+        self._open = open
+        self._last_wait = last_wait_seconds
         self._waiting: deque[_Call] = deque(maxlen=capacity)
         self._changed = threading.Condition()
         self._exit_code: int | None = None

@@ -112,7 +112,8 @@ def _open_append(path: Path) -> int:
 
 def _append(descriptor: int, line: bytes) -> None:
     """Writes the whole line or, with the error raised, none of it."""
-    start, rest = os.fstat(descriptor).st_size, memoryview(line)
+    start = os.fstat(descriptor).st_size
+    rest = memoryview(line)
     try:
         while rest:
             rest = rest[os.write(descriptor, rest) :]

@@ -26,7 +26,8 @@ class TensorBoardSink(Sink):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
         self._writer = EventFileWriter(str(folder), flush_secs=FLUSH_SECONDS)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=last_step + 1, session_log=start))

@@ -153,7 +153,8 @@ class WandbSink(Sink):
 
     def close(self, exit_code: int) -> None:
         """Finishes the run and waits until its file is complete."""
-        self._modes, self._closing = [], True
+        self._modes = []
+        self._closing = True
         before = self.failures
         self._do(lambda run: (run.finish(exit_code=exit_code), self._wandb.teardown()))
         if self.failures > before:

@@ -24,7 +24,8 @@ from moe_medical.tracking.report.record import RunRecord
 
 _POINTS = 9_000
 """Of all training curves of a report together."""
-_COLUMNS, _PANEL = 5, (158, 84)
+_COLUMNS = 5
+_PANEL = (158, 84)
 _TOKENS = alt.Axis(labelExpr="datum.value == 0 ? '0' : datum.label", format="~s", tickCount=4, grid=False)
 
 
@@ -150,7 +151,8 @@ def last_scores(runs: Sequence[RunRecord]) -> Any | None:
     if not rows:
         return None
     source = data(**columns("task run metric before score low high", rows))
-    names, order = [run.name for run in runs], list(dict.fromkeys(row[0] for row in rows))
+    names = [run.name for run in runs]
+    order = list(dict.fromkeys(row[0] for row in rows))
     offset = {"yOffset": alt.YOffset("run:N", sort=names)} if len(runs) > 1 else {}
     base = alt.Chart(source, width=WIDTH - 330, height=_height(order, len(runs))).encode(
         y=alt.Y("task:N", sort=order, title=None, axis=task_axis(grid=True)),

@@ -64,7 +64,8 @@ def task_experts(stats: RoutingStats) -> Any | None:
     tasks = np.flatnonzero(stats.present).tolist()
     if not len(tasks) or stats.counts_LTE.shape[-1] < 2:
         return None
-    names, experts = short_layers(stats.layers), range(stats.counts_LTE.shape[-1])
+    names = short_layers(stats.layers)
+    experts = range(stats.counts_LTE.shape[-1])
     titles = {layer: f"layer {names[layer]}: {told[layer]:.2f}" for layer in layers}
     places = [(layer, task, expert) for layer in layers for task in tasks for expert in experts]
     source = data(
@@ -103,7 +104,8 @@ def expert_load(stats: RoutingStats) -> Any | None:
     """Share of each expert in each layer, dead ones crossed out, and what its router knows of tasks."""
     if stats.counts_LTE.shape[-1] < 2 or not stats.counts_LTE.sum():
         return None
-    names, (layers, experts) = short_layers(stats.layers), stats.load_LE.shape
+    names = short_layers(stats.layers)
+    (layers, experts) = stats.load_LE.shape
     source = data(
         layer=[name for name in names for _ in range(experts)],
         expert=list(range(experts)) * layers,

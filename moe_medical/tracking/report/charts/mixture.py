@@ -20,7 +20,8 @@ from moe_medical.tracking.report.charts.shared import (
 from moe_medical.tracking.report.findings import Standing, standings
 from moe_medical.tracking.report.record import Floats, RunRecord
 
-_POINTS, _OTHERS = 80, "all others"
+_POINTS = 80
+_OTHERS = "all others"
 _ACTIONS = {"mixture": GREY, "reweight": "#c9a227", "freeze": GAIN, "stop": LOSS}
 
 

@@ -21,7 +21,10 @@ from moe_medical.tracking.report.charts.shared import (
 from moe_medical.tracking.report.findings import Swings, swings
 from moe_medical.tracking.report.record import Floats, RunRecord
 
-_COLUMNS, _WIDTH, _CELL, _PANEL_HEIGHT = 100, 720, 17, 86
+_COLUMNS = 100
+_WIDTH = 720
+_CELL = 17
+_PANEL_HEIGHT = 86
 _VIOLET = "#8c6bd1"
 
 
@@ -149,7 +152,8 @@ def _map(intervals: _Intervals) -> Any:
 
 def _reach(beyond_TE: Floats) -> float:
     """End of the colour scale: nearly all that was lost, so that the first great gains do not pale it."""
-    lost, sizes = -beyond_TE[beyond_TE < 0], np.abs(beyond_TE[beyond_TE != 0])
+    lost = -beyond_TE[beyond_TE < 0]
+    sizes = np.abs(beyond_TE[beyond_TE != 0])
     if not len(sizes):
         return 0.01
     return max(0.01, float(np.quantile(lost if len(lost) else sizes, 0.95 if len(lost) else 0.8)))

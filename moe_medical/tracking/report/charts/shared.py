@@ -16,7 +16,9 @@ import numpy as np
 
 from moe_medical.tracking.report.record import Curve, Floats
 
-GAIN, LOSS, GREY = "#3b7dd8", "#d9542b", "#8a939c"
+GAIN = "#3b7dd8"
+LOSS = "#d9542b"
+GREY = "#8a939c"
 RUN_COLOURS = ["#3b7dd8", "#e0822f", "#1f9e89", "#c2478d", "#8c6bd1", "#a08c1b", "#d64545", "#6b7785"]
 TASK_COLOURS = [
     *("#3b7dd8", "#e0822f", "#1f9e89", "#c2478d", "#8c6bd1", "#c9a227", "#d64545", "#5aa9a0", "#9a6b4f"),
@@ -116,7 +118,8 @@ def short_layers(layers: Sequence[str]) -> list[str]:
     if len(layers) < 2:
         return list(layers)
     parts = [name.split(".") for name in layers]
-    before, after = _equal(parts), _equal([part[::-1] for part in parts])
+    before = _equal(parts)
+    after = _equal([part[::-1] for part in parts])
     short = [".".join(part[before : len(part) - after]) for part in parts]
     return short if all(short) else list(layers)
 
