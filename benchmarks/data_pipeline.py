@@ -39,8 +39,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_mixture
 from moe_medical.data.sources import load_split, splits_of
 from moe_medical.data.static_mixing import weight_schedule
-from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
-from moe_medical.data.tokens import keep_tokens
+from moe_medical.data.tasks import TaskData, build_plan, keep_tokens, load_tasks, mix_sizes
 from moe_medical.files import CACHE_VARIABLE
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from moe_medical.base_model import locate_base
 from moe_medical.config.schema import RunConfig
 from moe_medical.data.recipe import load_recipe
 from moe_medical.data.sources import load_split
-from moe_medical.data.tokens import keep_tokens
+from moe_medical.data.tasks import keep_tokens
 from moe_medical.training.data_module import DataModule
 
 LOG = logging.getLogger(__name__)

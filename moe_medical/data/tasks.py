@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from moe_medical.config.schema import DataSection, TaskOverride
+from moe_medical.config.schema import DataSection, TaskOverride, TokenCache
+from moe_medical.console import progress_line
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.fingerprints import Fingerprint
 from moe_medical.data.mixture import MixPlan
@@ -114,6 +115,41 @@ def mix_sizes(tasks: Sequence[TaskData], section: DataSection) -> list[TaskSize]
         TaskSize(t.name, len(t.train), t.tokens.mean_length if by_tokens else 1.0, t.weight, t.max_repeats)
         for t in tasks
     ]
+
+
+def keep_tokens(
+    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache, ranks: int
+) -> list[TaskData]:
+    """The tasks, those whose tokens are worth it with them on disk; shows the progress of making them.
+
+    Args:
+        tasks: Of the run.
+        samples_per_task: That the run takes of each.
+        policy: `auto` keeps a task's tokens where the run would make more of them as it goes.
+        ranks: Of the run; each needs the lengths of the whole step, so makes the tokens of all its samples.
+
+    Raises:
+        StorageError: the cache cannot be written, or is damaged.
+    """
+    wanted = [
+        policy == "always" or (policy == "auto" and samples * ranks >= len(task.train))
+        for task, samples in zip(tasks, samples_per_task, strict=True)
+    ]
+    missing = sum(
+        len(t.train) for t, keep in zip(tasks, wanted, strict=True) if keep and not t.tokens.is_kept
+    )
+    if not missing:
+        return [cache_tokens(t) if keep else t for t, keep in zip(tasks, wanted, strict=True)]
+    # Lines of information are the main rank's, and so is the progress.
+    with progress_line("tokenising", missing, _LOG.isEnabledFor(logging.INFO)) as progress:
+        return [
+            cache_tokens(t, progress.advance) if keep else t for t, keep in zip(tasks, wanted, strict=True)
+        ]
+
+
+def cache_tokens(task: TaskData, advance: Callable[[int], None] = lambda rows: None) -> TaskData:
+    """The task with its tokens on disk; see `TokenRows.kept`."""
+    return replace(task, tokens=task.tokens.kept(advance))
 
 
 def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:

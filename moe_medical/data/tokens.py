@@ -14,19 +14,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
 from numpy.typing import NDArray
 
-from moe_medical.config.schema import TokenCache
-from moe_medical.console import progress_line
 from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import TextRows
 from moe_medical.data.store import (
@@ -38,9 +35,6 @@ from moe_medical.data.store import (
     derived_folder,
     published,
 )
-
-if TYPE_CHECKING:
-    from moe_medical.data.tasks import TaskData
 
 _CODE = (tokenizers.__version__, code_key("chat", "tokens", "store"))
 _ROWS_MEASURED = 1024
@@ -225,41 +219,6 @@ class _KeptTokens(TokenRows):
         ids = batch.column("input_ids")
         rest = (batch.column(name).to_numpy() for name in ("num_prompt_tokens", "num_truncated"))
         return _Columns(ids.offsets.to_numpy(), ids.values.to_numpy(), *rest)
-
-
-def keep_tokens(
-    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache, ranks: int
-) -> list[TaskData]:
-    """The tasks, those whose tokens are worth it with them on disk; shows the progress of making them.
-
-    Args:
-        tasks: Of the run.
-        samples_per_task: That the run takes of each.
-        policy: `auto` keeps a task's tokens where the run would make more of them as it goes.
-        ranks: Of the run; each needs the lengths of the whole step, so makes the tokens of all its samples.
-
-    Raises:
-        StorageError: the cache cannot be written, or is damaged.
-    """
-    wanted = [
-        policy == "always" or (policy == "auto" and samples * ranks >= len(task.train))
-        for task, samples in zip(tasks, samples_per_task, strict=True)
-    ]
-    missing = sum(
-        len(t.train) for t, keep in zip(tasks, wanted, strict=True) if keep and not t.tokens.is_kept
-    )
-    if not missing:
-        return [cache_tokens(t) if keep else t for t, keep in zip(tasks, wanted, strict=True)]
-    # Lines of information are the main rank's, and so is the progress.
-    with progress_line("tokenising", missing, _LOG.isEnabledFor(logging.INFO)) as progress:
-        return [
-            cache_tokens(t, progress.advance) if keep else t for t, keep in zip(tasks, wanted, strict=True)
-        ]
-
-
-def cache_tokens(task: TaskData, advance: Callable[[int], None] = lambda rows: None) -> TaskData:
-    """The task with its tokens on disk; see `TokenRows.kept`."""
-    return replace(task, tokens=task.tokens.kept(advance))
 
 
 def fitting(rows: TextRows, chat: ChatFormat) -> NDArray[np.bool_]:

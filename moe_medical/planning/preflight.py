@@ -16,8 +16,7 @@ from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.adapter_rules import refuse_unknown_task
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.tasks import build_plan, load_tasks
-from moe_medical.data.tokens import keep_tokens
+from moe_medical.data.tasks import build_plan, keep_tokens, load_tasks
 from moe_medical.errors import ConfigError, Problem
 
 
@@ -34,7 +33,8 @@ def preflight(config: RunConfig) -> None:
     match_modules(linear_shapes(base), adapters)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
-    began = (Path(config.run.dir) / "checkpoints" / "latest.json").is_file()
+    # The folders are the truth: a kill may have come between one of them and the pointer to it.
+    began = any((Path(config.run.dir) / "checkpoints").glob(f"step-{'[0-9]' * 8}"))
     _refuse_missing_sources(adapters.lasting() if began else adapters)
     refuse_unknown_task(adapters, [task.name for task in tasks])
     if adapters.localized_coefficient:

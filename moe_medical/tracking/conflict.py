@@ -176,8 +176,7 @@ def shared_experts(conflict: Conflict, stats: RoutingStats) -> list[SharedExpert
         ValueError: the two are of other tasks.
     """
     place = _places(conflict, stats)
-    experts = stats.counts_LTE.shape[-1]
-    used_LTE = np.nan_to_num(stats.usage_LTE) > _SHARED / experts
+    used_LTE = np.nan_to_num(stats.usage_LTE) > _SHARED / stats.experts_L[:, None, None]
     found = []
     for first, second, cosine in conflict.strong:
         both = np.argwhere(used_LTE[:, place[first]] & used_LTE[:, place[second]]).tolist()

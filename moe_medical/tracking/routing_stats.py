@@ -42,7 +42,7 @@ class RoutingStats:
         counts_LTE: Gate mass of each task's tokens on each expert, padding excluded, over all ranks.
         tasks: T names.
         layers: L names, those of the adapted modules.
-        top_k: Experts of each token, or of each task.
+        top_k: Experts of each token, or of each task; all of a layer that has fewer.
         per_task: Whether a task chooses for all its tokens.
         experts: Of each layer, where they differ; the rest of a layer's counts are zeros then.
     """
@@ -122,7 +122,8 @@ class RoutingStats:
         """Experts with too small a share, bool; none where too few choices were made to tell."""
         experts_L1 = self.experts_L[:, None]
         exists_LE = np.arange(self.counts_LTE.shape[-1]) < experts_L1
-        enough_L = self._choosers_L * self.top_k >= _CHOICES_EACH * self.experts_L
+        choices_L = self._choosers_L * np.minimum(self.top_k, self.experts_L)
+        enough_L = choices_L >= _CHOICES_EACH * self.experts_L
         return np.asarray((self.load_LE * experts_L1 < _DEAD) & exists_LE & enough_L[:, None])
 
     @cached_property
@@ -234,15 +235,14 @@ class RoutingWatch:
 
 def _alarms(stats: RoutingStats, collapsed: set[str], dead: set[tuple[str, int]]) -> list[Alarm]:
     alarms = []
-    experts = stats.counts_LTE.shape[-1]
     if collapsed:
-        used = dict(zip(stats.layers, stats.effective_experts_L, strict=True))
-        layers = [name for name in stats.layers if name in collapsed]
-        named = _first([f"{name} uses {used[name]:.1f} of {experts} experts" for name in layers])
+        of_layers = zip(stats.layers, stats.effective_experts_L, stats.experts_L.tolist(), strict=True)
+        layers = [of for of in of_layers if of[0] in collapsed]
+        named = _first([f"{name} uses {used:.1f} of {experts} experts" for name, used, experts in layers])
         alarms.append(("router collapse", f"{len(layers)} of {len(stats.layers)} layers: {named}"))
     if dead:
         named = _first([f"expert {e} of {layer}" for layer, e in sorted(dead)])
-        alarms.append(("dead experts", f"{len(dead)} of {len(stats.layers) * experts}: {named}"))
+        alarms.append(("dead experts", f"{len(dead)} of {stats.experts_L.sum()}: {named}"))
     return alarms
 
 

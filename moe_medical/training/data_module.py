@@ -16,8 +16,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.dynamic_mixing import LEAD_STEPS, effective_block
 from moe_medical.data.loader import Loader
 from moe_medical.data.static_mixing import row_limits, spread_caps
-from moe_medical.data.tasks import build_plan, load_tasks, mix_sizes
-from moe_medical.data.tokens import keep_tokens
+from moe_medical.data.tasks import build_plan, keep_tokens, load_tasks, mix_sizes
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.loss import sequences_of

@@ -18,8 +18,8 @@ from support.tiny import write_tiny_model, write_tiny_tasks
 
 from moe_medical.config.schema import DataSection, TokenCache
 from moe_medical.data.chat import ChatFormat, TargetTooLong
-from moe_medical.data.tasks import TaskData, load_tasks
-from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows, cache_tokens, keep_tokens
+from moe_medical.data.tasks import TaskData, cache_tokens, keep_tokens, load_tasks
+from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows
 from moe_medical.errors import StorageError
 
 LENGTH = 48

@@ -151,6 +151,15 @@ def test_experts_that_everybody_uses_evenly_explain_nothing() -> None:
     assert shared_experts(_from({(0, 1): -0.5}, 0, 2), _routing([np.full((2, 4), 0.25)], ("l",))) == []
 
 
+def test_an_even_share_is_that_of_the_layer() -> None:
+    """In a layer of two experts both tasks use both alike; .5 would be much only in a layer of eight."""
+    narrow = [[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * 2
+    wide = [[0.5, 0.5, 0, 0, 0, 0, 0, 0], [0.5, 0, 0.5, 0, 0, 0, 0, 0]]
+    stats = RoutingStats(100 * np.array([narrow, wide]), TASKS[:2], ("narrow", "wide"), experts=(2, 8))
+    (shared,) = shared_experts(_from({(0, 1): -0.5}, 0, 2), stats)
+    assert (shared.layers, shared.experts) == (("wide",), (0,))
+
+
 def test_layers_without_a_number_are_named() -> None:
     shared = SharedExperts("a", "b", -0.5, ("head", "tail"), (1, 1))
     assert shared.sentence() == "a and b conflict (cosine -0.50) and share expert 1 in head, tail"

@@ -241,3 +241,27 @@ def test_layers_with_fewer_experts_have_no_dead_ones_beyond() -> None:
     assert {name for _, name, _ in stats.task_expert(0)} == {"first: 0", "first: 1"}
     again = RoutingStats.from_json(stats.to_json(5))
     assert again.dead_LE.tolist() == stats.dead_LE.tolist()
+
+
+# Layers with different numbers of experts (MoLA)
+
+
+def _uneven(**options: object) -> RoutingStats:
+    """Two experts of which one has it all, and eight that are used alike."""
+    narrow = [[2000, 0, 0, 0, 0, 0, 0, 0]]
+    wide = [[250] * 8]
+    return _stats(narrow, wide, experts=(2, 8), **options)
+
+
+def test_alarms_count_the_experts_that_there_are() -> None:
+    texts = dict(_uneven().alarms())
+    assert texts["router collapse"] == "1 of 2 layers: l0 uses 1.0 of 2 experts"
+    assert texts["dead experts"] == "1 of 10: expert 1 of l0"
+
+
+def test_a_narrow_layer_has_no_more_choices_than_experts() -> None:
+    """With top-8 of a wide layer each token makes two choices in a narrow one: too few to call one dead."""
+    few = _stats([[150, 0, 0, 0, 0, 0, 0, 0]], [[150 / 8] * 8], experts=(2, 8), top_k=8)
+    assert not few.dead_LE.any()
+    many = _stats([[250, 0, 0, 0, 0, 0, 0, 0]], [[250 / 8] * 8], experts=(2, 8), top_k=8)
+    assert np.argwhere(many.dead_LE).tolist() == [[0, 1]]

@@ -143,7 +143,7 @@ def _routing(run: RunRecord) -> Iterator[str]:
     collapsed = int(stats.collapsed_L.sum())
     if dead or collapsed:
         yield (
-            f"Routing: {dead} of {stats.dead_LE.size} experts hardly used; "
+            f"Routing: {dead} of {stats.experts_L.sum()} experts hardly used; "
             f"{collapsed} of {len(stats.layers)} layers without a real choice of experts."
         )
 
