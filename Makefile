@@ -51,6 +51,8 @@ golden-names:
 	$(GOLDEN_PYTHON) -m golden.run --record-names
 
 # data_pipeline.py, mixing.py, seesaw.py and tracking_overhead.py read the task sets in $MOE_MEDICAL_DATA.
+# expert_parallel.py counts bytes with the tests' own counter.
+benchmark: export PYTHONPATH = $(CURDIR)/tests
 benchmark: install
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/expert_parallel.py

@@ -1,6 +1,6 @@
 """Expert parallelism against replicated experts: bytes on the wire and step time, in one run.
 
-    python benchmarks/expert_parallel.py       # writes benchmarks/results/expert_parallel.json
+    PYTHONPATH=tests python benchmarks/expert_parallel.py       # writes benchmarks/results/expert_parallel.json
 
 Every case trains the same random Llama (hidden 256, 2 blocks) with routed experts in its MLPs under ZeRO-2,
 on real processes joined by gloo. Its four arms take turns step by step, so that noise hits them alike:
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.traffic import CollectiveBytes
 from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +36,6 @@ from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.data.batches import IGNORE, Batch
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import start_distributed, stop_distributed
-from moe_medical.distributed.traffic import CollectiveBytes
 from moe_medical.planning.adapted_model import AdaptedModel, Workload
 from moe_medical.planning.cost import estimate
 from moe_medical.planning.layouts import Layout

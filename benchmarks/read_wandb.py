@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from moe_medical.tracking.wandb_file import read_run
+from support.wandb_file import read_run
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ import yaml
 from support.launches import LAUNCH, run_to_end
 from support.searching import files_holding
 from support.tiny import write_tiny_run
-
-from moe_medical.tracking.wandb_file import read_run
+from support.wandb_file import read_run
 
 
 def drawn(alphabet: str, length: int) -> str:

@@ -162,7 +162,7 @@ def _numbers(group: ExpertGroup, exchange: str) -> dict[str, float]:
 
 def _tokens_travel(group: ExpertGroup) -> dict[str, list[float]]:
     """Bytes and calls of the all-to-alls in forward and in backward, measured and expected, of all peers."""
-    from moe_medical.distributed.traffic import CollectiveBytes
+    from support.traffic import CollectiveBytes
 
     spread = _adapted(group, exchange="tokens")
     x, mask = _micro_batch()
@@ -237,9 +237,10 @@ def _unequal_inputs(group: ExpertGroup) -> dict[str, str]:
 
 def _counted(adapted: _Adapted) -> list[dict[str, int]]:
     """By micro-batch: how often weights were asked for, were on their way by then, and really gathered."""
+    from support.traffic import CollectiveBytes
+
     from moe_medical.adapters.model import routed_layers
     from moe_medical.distributed.exchange import GatherAhead, GatheredWeights
-    from moe_medical.distributed.traffic import CollectiveBytes
 
     class Watched(GatherAhead):
         asked = ready = 0

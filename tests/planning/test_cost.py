@@ -375,11 +375,11 @@ CELLS = {
 
 def _measure(run: str, cells: list[list[Any]]) -> list[dict[str, Any]]:
     """What this rank sends in a step of each cell once DeepSpeed has settled, and what it holds."""
+    from support.traffic import CollectiveBytes
     from support.training import step
 
     from moe_medical.config import load_config
     from moe_medical.distributed.topology import start_distributed, stop_distributed
-    from moe_medical.distributed.traffic import CollectiveBytes
     from moe_medical.training.trainer import Trainer
 
     seen = []

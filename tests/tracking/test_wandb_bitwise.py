@@ -9,8 +9,7 @@ import pytest
 import yaml
 from support.launches import LAUNCH, adapter_bytes, rows, run_to_end
 from support.tiny import write_tiny_run
-
-from moe_medical.tracking.wandb_file import read_run, run_files
+from support.wandb_file import read_run, run_files
 
 
 @pytest.mark.timeout(240)

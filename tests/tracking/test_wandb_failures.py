@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 import pytest
+from support.wandb_file import read_run, run_files
 
 from moe_medical.tracking.sinks import read_metrics
-from moe_medical.tracking.wandb_file import read_run, run_files
 
 KEY = "0" * 40
 NUM_ROWS = 300

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from support.launches import LAUNCH, rows, run_to_end
 from support.tiny import ROOT
-
-from moe_medical.tracking.wandb_file import WandbRun, read_run
+from support.wandb_file import WandbRun, read_run
 
 TASKS = (
     *("icd10cm_code_to_description", "icd10cm_laterality", "hpo_is_a"),

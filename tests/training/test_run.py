@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.tiny import ROOT, write_tiny_run
+from support.wandb_file import read_run
 
 from moe_medical.tracking.sinks import read_metrics
-from moe_medical.tracking.wandb_file import read_run
 
 PUBLIC = os.environ.get("MOE_MEDICAL_DATA")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.ranks import on_ranks
 
 WORLD = 4
@@ -19,7 +20,7 @@ def _counted() -> dict[str, dict[str, float]]:
 
     from moe_medical.config.schema import ParallelSection
     from moe_medical.distributed.topology import start_distributed, stop_distributed
-    from moe_medical.distributed.traffic import CollectiveBytes
+    from support.traffic import CollectiveBytes
 
     rank = start_distributed(ParallelSection(device="cpu")).rank
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -134,7 +135,7 @@ def test_objects_are_seen_too(counted: list[dict[str, dict[str, float]]]) -> Non
 
 
 def test_an_unknown_collective_is_refused() -> None:
-    from moe_medical.distributed.traffic import CollectiveBytes
+    from support.traffic import CollectiveBytes
 
     with pytest.raises(NotImplementedError, match="bytes of c10d::new_ are not known"):
         CollectiveBytes()._count("c10d::new_", ())

@@ -14,7 +14,7 @@ import pytest
 
 from moe_medical.errors import DataError
 from moe_medical.tracking.sinks import HEAT_MAP, HEAT_MAP_FIELDS, import_wandb, read_metrics
-from moe_medical.tracking.wandb_file import (
+from support.wandb_file import (
     BLOCK_BYTES,
     FILE_HEADER,
     FIRST,
