@@ -1,6 +1,6 @@
 """Expert parallelism against replicated experts: bytes on the wire and step time, in one run.
 
-    PYTHONPATH=tests python benchmarks/expert_parallel.py       # writes benchmarks/results/expert_parallel.json
+    PYTHONPATH=tests python benchmarks/expert_parallel.py   # writes results/expert_parallel.json
 
 Every case trains the same random Llama (hidden 256, 2 blocks) with routed experts in its MLPs under ZeRO-2,
 on real processes joined by gloo. Its four arms take turns step by step, so that noise hits them alike:
