@@ -26,6 +26,7 @@ LONGEST = (
 """Files, and folders with a common fixture, that take a minute and more: they are begun first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file stays on one worker, whose fixtures are made once; so does a folder with fixtures of its own."""
     for item in items:
