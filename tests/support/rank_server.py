@@ -14,6 +14,7 @@ import os
 import select
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any
 
 
@@ -21,15 +22,17 @@ def main() -> None:
     preload()
     say({"ready": True})
     waiting = b""
+    running = 0
     while True:
-        if select.select([0], [], [], 0.02)[0]:
+        if select.select([0], [], [], 0.02 if running else None)[0]:
             received = os.read(0, 1 << 20)
             if not received:
                 return
             *lines, waiting = (waiting + received).split(b"\n")
             for line in lines:
                 say({"pid": fork(json.loads(line))})
-        reap()
+                running += 1
+        running -= reap()
 
 
 def preload() -> None:
@@ -75,16 +78,14 @@ def fork(rank: dict[str, Any]) -> int:
         end_rank(code)
 
 
-def reap() -> None:
-    """Tell of ranks that have ended."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        say({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+def reap() -> int:
+    """Tell of ranks that have ended; how many they are."""
+    ended = 0
+    with suppress(ChildProcessError):  # none is left
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            say({"ended": found[0], "code": os.waitstatus_to_exitcode(found[1])})
+            ended += 1
+    return ended
 
 
 def say(message: dict[str, Any]) -> None:

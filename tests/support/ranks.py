@@ -5,8 +5,8 @@
 The function takes the arguments (JSON values) and returns a JSON value; it runs in a process of its own with
 the launcher's environment. Output is tagged with the rank; the death or the time-out of one ends the others.
 
-Processes are forked from servers that have imported everything (`support.rank_server`), one for each rank,
-so that ranks differ in Python's hash seed as those of a launcher do.
+Processes are forked from servers that have imported everything (`support.rank_server`): one for even ranks,
+one for odd ones, so that ranks differ in Python's hash seed as those of a launcher do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,27 +29,58 @@ from typing import Any
 from moe_medical.ports import free_port
 
 TESTS = Path(__file__).parents[1]
+_SERVERS = 2
 
 
 def on_ranks(
     world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any, timeout: float = 180
 ) -> list:
     """Results of all ranks in order; AssertionError with every rank's output if one fails."""
+    folder = _play(world, function, tmp_path, arguments, timeout)
+    return [json.loads((folder / f"result-{r}.json").read_text(encoding="utf-8")) for r in range(world)]
+
+
+def train_on_ranks(run_file: Path, tmp_path: Path, *overrides: str, timeout: float = 180) -> str:
+    """`moe-medical train` on two ranks as a launcher starts them; all that they have printed.
+
+    For runs of which only the numbers matter: ranks that a launcher starts import for eight seconds each.
+    """
+    folder = _play(2, _train, tmp_path, [["train", str(run_file), *overrides]], timeout)
+    return "".join(_output(folder, rank).read_text(encoding="utf-8") for rank in range(2))
+
+
+def _train(arguments: list[str]) -> None:
+    from moe_medical.cli import main
+
+    code = main(arguments)
+    if code:
+        sys.exit(code)
+
+
+def _play(
+    world: int, function: Callable[..., Any], tmp_path: Path, arguments: Sequence[Any], timeout: float
+) -> Path:
+    """The folder with the results and the output of ranks that have all ended well."""
     folder = tmp_path / f"ranks-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
-    (folder / "arguments.json").write_text(json.dumps(arguments))
+    (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     port = free_port()
     argv = [inspect.getfile(function), function.__name__, str(folder)]
-    outputs = [folder / f"output-{r}.txt" for r in range(world)]
+    servers = [_server(r % _SERVERS) for r in range(world)]
     ranks = [
-        _server(r).start(output, rank_environment(r, world, port), argv) for r, output in enumerate(outputs)
+        server.start(_output(folder, r), rank_environment(r, world, port), argv)
+        for r, server in enumerate(servers)
     ]
     failure = _wait(ranks, timeout)
-    texts = [output.read_text(encoding="utf-8", errors="replace") for output in outputs]
+    texts = [_output(folder, r).read_text(encoding="utf-8", errors="replace") for r in range(world)]
     tagged = "".join(f"[rank {r}] {line}\n" for r, text in enumerate(texts) for line in text.splitlines())
     sys.stdout.write(tagged)
     assert failure is None, f"{failure}\n{tagged}"
-    return [json.loads((folder / f"result-{r}.json").read_text()) for r in range(world)]
+    return folder
+
+
+def _output(folder: Path, rank: int) -> Path:
+    return folder / f"output-{rank}.txt"
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -78,9 +110,11 @@ class _Rank:
         return self._server.codes.get(self.pid)
 
     def kill(self) -> None:
+        """End it if it still runs."""
         # The server has not reaped it as long as there is no code, so that the number is still its own.
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # reaped just now
+                os.kill(self.pid, signal.SIGKILL)
         while self.poll() is None:
             time.sleep(0.005)
 
@@ -130,25 +164,27 @@ class _Server:
 
 
 @cache
-def _server(rank: int) -> _Server:
+def _server(number: int) -> _Server:
     return _Server()
 
 
 def _wait(ranks: list[_Rank], timeout: float) -> str | None:
     """What went wrong, if anything did; all ranks have ended afterwards."""
     deadline = time.monotonic() + timeout
-    failure = None
-    while failure is None and any(rank.poll() is None for rank in ranks):
-        failed = {r: rank.poll() for r, rank in enumerate(ranks) if rank.poll()}
-        if failed:
-            failure = f"ranks failed: {failed}"
-        elif time.monotonic() > deadline:
-            failure = (
-                f"ranks not done after {timeout} s: {[r for r, k in enumerate(ranks) if k.poll() is None]}"
-            )
-        else:
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            if failed := _failed(ranks):
+                return failed
+            if time.monotonic() > deadline:
+                late = [r for r, rank in enumerate(ranks) if rank.poll() is None]
+                return f"ranks not done after {timeout} s: {late}"
             time.sleep(0.02)
-    failed = {r: rank.poll() for r, rank in enumerate(ranks) if rank.poll()}
-    for rank in ranks:
-        rank.kill()
-    return failure or (f"ranks failed: {failed}" if failed else None)
+        return _failed(ranks)
+    finally:  # pytest's own time-out comes as an exception
+        for rank in ranks:
+            rank.kill()
+
+
+def _failed(ranks: list[_Rank]) -> str | None:
+    codes = {r: rank.poll() for r, rank in enumerate(ranks) if rank.poll()}
+    return f"ranks failed: {codes}" if codes else None

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.launches import LAUNCH, run_to_end
+from support.launches import run_to_end
+from support.ranks import train_on_ranks
 from support.tiny import write_tiny_run
 
 from moe_medical.adapters.folder import CONFIG_FILE, load_adapter, save_adapter
@@ -29,8 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     evaluation = {"choices": "likelihood", "resamples": 50, "max_new_tokens": 3, "every_steps": 0}
     path = write_tiny_run(folder, training={"steps": 3, "learning_rate": 0.03}, evaluation=evaluation)
-    code, output = run_to_end([*LAUNCH, str(path)], folder / "launch.txt")
-    assert code == 0, output
+    train_on_ranks(path, folder)
     return path
 
 

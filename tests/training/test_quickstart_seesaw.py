@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.launches import LAUNCH, rows, run_to_end
+from support.launches import rows
+from support.ranks import train_on_ranks
 from support.tiny import ROOT
 from support.wandb_file import WandbRun, read_run
 
@@ -58,10 +59,8 @@ def _run(folder: Path, settings: list[str]) -> Finished:
         "tracking.routing_every_steps": 6,
         "tracking.wandb.mode": "offline",
     }
-    command = [*LAUNCH, str(ROOT / "launch" / "runs" / "quickstart.yaml")]
-    command += [*(f"{key}={value}" for key, value in of_run.items()), *settings]
-    code, output = run_to_end(command, folder / "output", patience=560)
-    assert code == 0, output
+    overrides = [*(f"{key}={value}" for key, value in of_run.items()), *settings]
+    train_on_ranks(ROOT / "launch" / "runs" / "quickstart.yaml", folder, *overrides, timeout=560)
     return Finished(rows(folder / "run"), read_run(folder / "run" / "wandb"))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launches import LAUNCH, adapter_bytes, rows, run_to_end
+from support.launches import adapter_bytes, rows
+from support.ranks import train_on_ranks
 from support.tiny import write_tiny_run
 
 STEPS = 64
@@ -32,9 +35,13 @@ def _run(folder: Path, action: str, *overrides: str) -> tuple[Path, str]:
         checkpoint={"every_steps": 0},
     )
     _teach_what_is_wrong(folder / "tasks")
-    code, output = run_to_end([*LAUNCH, str(run), *overrides], folder / "output")
-    assert code == 0, output
-    return folder / "run", output
+    return folder / "run", train_on_ranks(run, folder, *overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Action -> folder and output of a run that nobody disturbs."""
+    return cache(lambda action: _run(tmp_path_factory.mktemp(action), action))
 
 
 def _teach_what_is_wrong(tasks: Path) -> None:
@@ -59,8 +66,8 @@ def _shares(run: Path, after: int) -> dict[str, float]:
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
-def test_reweight_lowers_the_weight_of_the_loss_and_says_why(tmp_path: Path) -> None:
-    run, output = _run(tmp_path / "reweight", "reweight")
+def test_reweight_lowers_the_weight_of_the_loss_and_says_why(finished: Callable) -> None:
+    run, output = finished("reweight")
     first = _decisions(run)[0]
     assert (first["action"], first["task"], first["weight"]) == ("reweight", "even", 0.5)
     assert first["regret"] > first["regret_gate"]
@@ -72,8 +79,8 @@ def test_reweight_lowers_the_weight_of_the_loss_and_says_why(tmp_path: Path) -> 
     assert weights[first["step"] + 1] == 0.5
 
 
-def test_freeze_takes_the_task_out_from_a_later_block(tmp_path: Path) -> None:
-    run, _ = _run(tmp_path / "freeze", "freeze")
+def test_freeze_takes_the_task_out_from_a_later_block(finished: Callable) -> None:
+    run, _ = finished("freeze")
     (decision,) = [d for d in _decisions(run) if d["task"] == "even"]
     effective = decision["step"] + 9  # eight steps may be read ahead, and a block has one step
     assert effective < STEPS
@@ -98,11 +105,10 @@ def test_stop_ends_the_run_with_everything_written_and_stays_stopped(tmp_path: P
 
 
 @pytest.mark.parametrize("action", ["reweight", "freeze"])
-def test_a_resumed_run_decides_the_same(tmp_path: Path, action: str) -> None:
-    whole, _ = _run(tmp_path / "whole", action)
-    part, _ = _run(tmp_path / "part", action, "training.steps=28", "checkpoint.every_steps=14")
-    code, output = run_to_end([*LAUNCH, str(tmp_path / "part" / "run.yaml")], tmp_path / "part" / "output")
-    assert code == 0, output
+def test_a_resumed_run_decides_the_same(finished: Callable, tmp_path: Path, action: str) -> None:
+    whole, _ = finished(action)
+    part, _ = _run(tmp_path, action, "training.steps=28", "checkpoint.every_steps=14")
+    train_on_ranks(tmp_path / "run.yaml", tmp_path)
     assert _decisions(part) == _decisions(whole)
     assert adapter_bytes(part) == adapter_bytes(whole)
     assert rows(part)[-1] == rows(whole)[-1]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.launches import LAUNCH, adapter_bytes, rows, run_to_end
+from support.launches import adapter_bytes, rows
+from support.ranks import train_on_ranks
 from support.tiny import write_tiny_run
 
 from moe_medical.tracking.conflict import Conflict
@@ -27,8 +28,7 @@ def _run(folder: Path, **tracking: Any) -> Path:
         checkpoint={"every_steps": 0},
         tracking={"wandb": {"enabled": False}, **tracking},
     )
-    code, output = run_to_end([*LAUNCH, str(run)], folder / "output")
-    assert code == 0, output
+    train_on_ranks(run, folder)
     return folder / "run"
 
 
