@@ -28,7 +28,7 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays on one worker, whose fixtures are made once; so does a folder with fixtures of its own."""
+    """A file stays on one worker, whose fixtures are made once; so do files that share a fixture."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     rank = {group: number for number, group in enumerate(LONGEST)}
@@ -37,4 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item) -> str:
     file = item.nodeid.partition("::")[0]
-    return "tests/golden" if file.startswith("tests/golden/") else file
+    if file.startswith("tests/golden/"):
+        return "tests/golden"
+    return "tests/training/test_launchers.py" if "undisturbed" in getattr(item, "fixturenames", ()) else file
