@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from golden.cases import all_names
 from support import served
 from support.exporting import write_adapter
 from support.foreign import write_theirs
 from support.tiny import ROOT, write_tiny_model, write_tiny_run
 
+import moe_medical
 from moe_medical import cli
 from moe_medical.config import MoloraConfig, load_config
 from moe_medical.ports import free_port
@@ -74,6 +76,54 @@ def test_the_commands_of_seesaw_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/A/report.html").stat().st_size > 500_000
     assert set(json.loads((tmp_path / "scores.json").read_text())["tasks"]) == {"last_word", "even"}
     assert "mtl_gain/even" in (tmp_path / "runs/B/metrics.jsonl").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_the_way_to_a_wrong_loss_runs(tmp_path: Path) -> None:
+    run = write_tiny_run(
+        tmp_path,
+        evaluation={"score_rows": 0, "loss_rows": 2},
+        adapters={"num_experts": 4, "top_k": 2, "rank": 4},
+    )
+    run.rename(tmp_path / "RUN.yaml")
+    page = (ROOT / "docs" / "wrong_loss.md").read_text(encoding="utf-8")
+    step, routing, compare = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (launch,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+
+    def printed(command: list[str]) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    shown = printed([sys.executable, "-c", step + routing])
+    assert len(re.findall(r"^\w+ row \d+ epoch 0$", shown, re.MULTILINE)) == 3
+    assert re.search(r"^target: (yes|no|w\d+)", shown, re.MULTILINE)
+    assert "gradient norm " in shown
+    assert re.search(r"^mean token loss \d+\.\d{4}$", shown, re.MULTILINE)
+    printed(["bash", "-euc", launch.replace("moe-medical", f"{sys.executable} -m moe_medical")])
+    rows = [line.split() for line in printed([sys.executable, "-c", compare]).splitlines()]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    for _, _, loss_a, loss_b, _, norm_a, norm_b in rows:
+        assert float(loss_a) == pytest.approx(float(loss_b), rel=1e-4)
+        assert float(norm_a) == pytest.approx(float(norm_b), rel=1e-3)
+
+
+def test_the_cases_of_the_page_on_wrong_losses_are_all_golden_cases() -> None:
+    page = (ROOT / "docs" / "wrong_loss.md").read_text(encoding="utf-8")
+    table = page[page.index("| what you doubt") : page.index("## 2.")]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == set(all_names())
+
+
+def test_a_notebook_imports_everything_by_name_and_nothing_before() -> None:
+    look = "import sys, moe_medical as mm; assert 'torch' not in sys.modules; print(*mm.__all__)"
+    names = subprocess.check_output([sys.executable, "-c", look], text=True).split()
+    assert [name for name in names if not hasattr(moe_medical, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'Trainor'"):
+        moe_medical.Trainor  # noqa: B018
 
 
 def test_the_commands_of_export_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
