@@ -39,7 +39,7 @@ from moe_medical.data.chat import ChatFormat
 from moe_medical.data.recipe import load_mixture
 from moe_medical.data.sources import load_split, splits_of
 from moe_medical.data.static_mixing import weight_schedule
-from moe_medical.data.tasks import TaskData, build_plan, keep_tokens, load_tasks, mix_sizes
+from moe_medical.data.tasks import TaskData, build_plan, cache_tokens, load_tasks, mix_sizes
 from moe_medical.files import CACHE_VARIABLE
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ class Ours:
             with timed(self.seconds, f"hygiene_{state}"):
                 self.tasks = self.fresh()
             with timed(self.seconds, f"tokens_{state}"):
-                self.tasks = keep_tokens(self.tasks, [0] * len(self.tasks), "always", ranks=1)
+                self.tasks = cache_tokens(self.tasks, [0] * len(self.tasks), "always", ranks=1)
 
     def fresh(self) -> list[TaskData]:
         """The tasks with tokens made when they are asked for, and none remembered yet."""

@@ -137,7 +137,7 @@ def training(base: str, recipe: str, steps: str, folder: str) -> dict[str, Any]:
 
 
 def run_steps(trainer: Any, workers: int, first: int, count: int) -> dict[str, Any]:
-    from moe_medical.data.loader import Loader
+    from moe_medical.data.batches import Loader
 
     waits, seconds = [], []
     with Loader(trainer.batches, workers, trainer.config.data.prefetch_steps) as loader:

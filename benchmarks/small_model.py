@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moe_medical.base_model import locate_base
 from moe_medical.config.schema import RunConfig
-from moe_medical.data.recipe import load_recipe
+from moe_medical.data.recipe import load_mixture
 from moe_medical.data.sources import load_split
-from moe_medical.data.tasks import keep_tokens
+from moe_medical.data.tasks import cache_tokens
 from moe_medical.training.data_module import DataModule
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class BaseSize:
 
 def write_base(folder: Path, size: BaseSize) -> Path:
     """Train tokenizer and model on training prompts; the folder is written at the end, and returned."""
-    specs = load_recipe(RECIPE)
+    specs = load_mixture(RECIPE).tasks
     texts = [e.prompt for spec in specs for e in load_split(spec, "train", 0.01).examples]
     random.Random(0).shuffle(texts)
     tokenizer = _train_tokenizer(texts, size.vocabulary)
@@ -126,6 +126,6 @@ def tokens_per_step(config: RunConfig) -> float:
     """Mean tokens of a step under the run's static shares."""
     data = DataModule(config, locate_base(config.model))
     samples = data.samples(config.training.steps)
-    tasks = keep_tokens(data.tasks, samples.tolist(), "always", ranks=1)
+    tasks = cache_tokens(data.tasks, samples.tolist(), "always", ranks=1)
     tokens = sum(n * task.tokens.mean_length for n, task in zip(samples.tolist(), tasks, strict=True))
     return float(config.training.global_batch * tokens / samples.sum())

@@ -1,35 +1,30 @@
-"""A record -> the rows that fill a task's templates: its records, their format, derived columns.
+"""A record -> the `Example`s of a task: its format, derived columns, templates filled, images found.
 
-Decisions: a derived column (`{options_lettered}`, `{entity_lines}`, ...) is made only where a template
-uses it and the record does not have it; its text is in the form that the metrics read. `where` looks at
-the record as it is, before its format. A record that does not match is not of the task and is no bad
-record.
+Decisions: `where` looks at the record as it is, before its format; a record that does not match is not of the
+task and is no bad record. A derived column (`{options_lettered}`, `{entity_lines}`, ...) is made only where a
+template uses it and the record does not have it; its text is in the form that the metrics read. A prompt can
+hold texts, finite numbers, true and false, and lists of them; a record with anything else cannot be used. Why
+it cannot is told by column and type, never by its text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe_medical.data.published import (
-    LETTERS,
-    BadShape,
-    RecordFormat,
-    Row,
-    letters_of,
-    record_format,
-    text_of,
-)
+from moe_medical.data.published import FORMATS, LETTERS, BadShape, Row, letters_of, text_of
+from moe_medical.data.recipe import TaskSpec, parse_template, template_columns
+from moe_medical.data.rows import Example
 
-if TYPE_CHECKING:
-    from moe_medical.data.recipe import TaskSpec
-
+LIST_SEPARATOR = "; "
 _YES_NO = {
     **dict.fromkeys(("yes", "true", "1", "是", "是的"), 0),
     **dict.fromkeys(("no", "false", "0", "否", "不是"), 1),
@@ -37,67 +32,117 @@ _YES_NO = {
 }
 
 
-def row_maker(spec: TaskSpec, used: Sequence[str]) -> RecordFormat:
-    """What turns one record into rows: none where it is not of the task, several for a conversation.
+class ExampleMaker:
+    """What turns the records of a task into examples, in two steps.
 
-    Args:
-        spec: The task.
-        used: Columns that its templates use.
-
-    Returns:
-        A function that raises BadShape for a record that cannot be used.
+    `rows` gives the rows of columns, a call fills the templates from one of them: so the caller can say which
+    columns there were where a template finds none. Both raise BadShape for a record that cannot be used.
     """
-    reshape = record_format(spec.format) if spec.format else None
-    wanted = {column: _as_texts(value) for column, value in spec.where.items()}
-    derived = [column for column in used if column in DERIVED]
 
-    def rows(record: Row) -> list[Row]:
-        if not all(str(record.get(column)) in texts for column, texts in wanted.items()):
+    def __init__(self, spec: TaskSpec) -> None:
+        self._spec = spec
+        self._prompt = parse_template(spec.prompt)
+        self._target = parse_template(spec.target)
+        self._format = FORMATS[spec.format] if spec.format else None
+        # Compared as texts: a CSV holds no numbers, and a YAML holds 1 where it means "1".
+        self._where = {
+            column: frozenset(map(str, value if isinstance(value, (list, tuple)) else [value]))
+            for column, value in spec.where.items()
+        }
+        used = [*template_columns(spec.prompt), *template_columns(spec.target)]
+        self._derived = [column for column in used if column in DERIVED]
+        self._images = _Images(spec.images, spec.image) if spec.image and spec.images else None
+
+    def rows(self, record: Row) -> list[Row]:
+        """The rows of one record: none where it is not of the task, several for a conversation."""
+        if not all(str(record.get(column)) in texts for column, texts in self._where.items()):
             return []
-        found = reshape(record) if reshape else [record]
-        if spec.id and len(found) > 1:
-            found = [{**row, spec.id: f"{row.get(spec.id)}#{i}"} for i, row in enumerate(found, start=1)]
-        return [_with_derived(spec, row, derived) for row in found]
+        rows = self._format(record) if self._format else [record]
+        id = self._spec.id
+        if id and len(rows) > 1:
+            rows = [{**row, id: f"{row.get(id)}#{i}"} for i, row in enumerate(rows, start=1)]
+        return [self._with_derived(row) for row in rows]
 
-    return rows
+    def __call__(self, row: Row, number: int) -> Example:
+        """The example of the row with this number of a record; "" is its id where the task has none."""
+        prompt = _fill(self._prompt, row)
+        target = _fill(self._target, row)
+        if not prompt:
+            raise BadShape("empty prompt")
+        if not target:
+            raise BadShape("empty target")
+        choices = _choices(row, self._spec.choices)
+        image = self._images(row) if self._images else None
+        return Example(self._spec.name, self._identity(row, number), prompt, target, choices, image)
+
+    def _with_derived(self, row: Row) -> Row:
+        made = {column: DERIVED[column](row, self._spec) for column in self._derived if column not in row}
+        return {**row, **made} if made else row
+
+    def _identity(self, row: Row, number: int) -> str:
+        column = self._spec.id
+        if column is None:
+            return ""
+        identity = _text(row, column)
+        if not identity:
+            raise BadShape(f"empty column {column!r}")
+        return f"{identity}#{number}" if number else identity
 
 
-def image_finder(spec: TaskSpec) -> Callable[[Row], str | None]:
-    """What finds a row's image: None where the task has none, else its path or `archive.zip/member`.
-
-    Returns:
-        A function that raises BadShape where the column is empty, leads out of `spec.images`, or names no
-        file.
-    """
-    return _Images(spec.images, spec.image).find if spec.image and spec.images else _no_image
+# --- values of a row ---
 
 
-def image_content(spec: TaskSpec) -> str | None:
-    """Hash that tells which images `image_finder` would find, from names alone; None where it needs none."""
-    if not spec.image or spec.images is None:
-        return None
-    running = hashlib.sha256()
-    for folder, files in _folders(spec.images):
-        archives = [_state(os.path.join(folder, name)) for name in files if name.endswith(".zip")]
-        running.update(json.dumps([os.path.relpath(folder, spec.images), files, archives]).encode())
-    return running.hexdigest()
+def _fill(template: Sequence[tuple[str, str | None]], row: Row) -> str:
+    parts = (literal + (_text(row, column) if column is not None else "") for literal, column in template)
+    return "".join(parts).strip()
 
 
-def _as_texts(value: object) -> frozenset[str]:
-    return frozenset(map(str, value if isinstance(value, (list, tuple)) else [value]))
+def _text(row: Row, column: str) -> str:
+    value = _value(row, column)
+    if isinstance(value, (list, tuple)):
+        return LIST_SEPARATOR.join(_scalar(item, column) for item in value)
+    return _scalar(value, column)
 
 
-def _with_derived(spec: TaskSpec, row: Row, derived: Sequence[str]) -> Row:
-    made = {column: DERIVED[column](row, spec) for column in derived if column not in row}
-    return {**row, **made} if made else row
+def _choices(row: Row, column: str | None) -> tuple[str, ...]:
+    if column is None:
+        return ()
+    return tuple(_scalar(item, column) for item in _as_list(_value(row, column), column))
+
+
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        raise BadShape(f"missing column {column!r}")
+    if row[column] is None:
+        raise BadShape(f"column {column!r} is null")
+    return row[column]
+
+
+def _scalar(value: Any, column: str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadShape(f"column {column!r} is not a finite number")
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadShape(f"column {column!r} is of type {type(value).__name__}")
+    if "\0" in value:
+        raise BadShape(f"NUL character in column {column!r}")
+    # JSON may spell half of a character; neither Arrow nor a tokenizer takes it.
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise BadShape(f"invalid Unicode in column {column!r}")
+    return value
 
 
 def _list(row: Mapping[str, Any], column: str) -> list[Any]:
-    """The column as a list; a CSV cell holds it as JSON."""
     if column not in row:
         raise BadShape(f"missing column {column!r}")
-    value = row[column]
-    if isinstance(value, str):
+    return _as_list(row[column], column)
+
+
+def _as_list(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str):  # CSV has no lists: a JSON list in the cell
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -220,8 +265,15 @@ DERIVED: Mapping[str, Callable[[Row, TaskSpec], str]] = {
 # --- images ---
 
 
-def _no_image(row: Row) -> str | None:
-    return None
+def image_content(spec: TaskSpec) -> str | None:
+    """Hash that tells which images a task's rows would find, from names alone; None where it has none."""
+    if not spec.image or spec.images is None:
+        return None
+    running = hashlib.sha256()
+    for folder, files in _folders(spec.images):
+        archives = [_state(os.path.join(folder, name)) for name in files if name.endswith(".zip")]
+        running.update(json.dumps([os.path.relpath(folder, spec.images), files, archives]).encode())
+    return running.hexdigest()
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -243,14 +295,18 @@ def _state(archive: str) -> tuple[int, int] | None:
 
 
 class _Images:
-    """A folder of images and of zip archives of images."""
+    """A folder of images and of zip archives of images.
+
+    Called with a row it gives the path of the row's image, or `archive.zip/member`; BadShape where the column
+    is empty, leads out of the folder, or names no file.
+    """
 
     def __init__(self, folder: Path, column: str) -> None:
         self._folder = folder
         self._column = column
         self._members: dict[Path, frozenset[str]] = {}
 
-    def find(self, row: Row) -> str | None:
+    def __call__(self, row: Row) -> str:
         name = PurePosixPath(text_of(row, self._column))
         if not name.name:
             raise BadShape(f"empty column {self._column!r}")

@@ -35,8 +35,8 @@ from moe_medical.data.static_mixing import (
 
 LEAD_STEPS = MAX_PREFETCH_STEPS
 """Steps between a decision and the first sample that it may change."""
-_FULL_RATIO = 4.0
-_TINY = 1e-12
+_FULL_RATIO = 4.0  # of gains, at which a lead is whole: the base of its logarithm
+_TINY = 1e-12  # keeps ratios finite
 
 Needs = Literal["evaluation", "training_loss", "gradients"]
 
@@ -106,9 +106,8 @@ class DynamicRule(ABC):
         floor: float = 0.0,
         ceiling: float = 1.0,
     ) -> None:
-        self._names = list(names)
         self._section = section
-        self._count = len(shares)
+        self._names = list(names)
         self._tasks = np.flatnonzero(shares)
         self._static = np.asarray(shares, dtype=np.float64)[self._tasks] / np.sum(shares)
         self._low = np.maximum(section.low * self._static, np.minimum(floor, self._static))
@@ -117,8 +116,8 @@ class DynamicRule(ABC):
 
     def decide(self, observation: Observation) -> Floats:
         """The shares from now on, shape (tasks,), summing to 1."""
-        shares = np.zeros(self._count)
-        shares[self._tasks] = self._bounded(self._wanted(observation.of(self._tasks)))
+        shares = np.zeros(len(self._names))
+        shares[self._tasks] = bounded_shares(self._wanted(observation.of(self._tasks)), self._low, self._high)
         return shares
 
     def state(self) -> dict[str, Any]:
@@ -134,9 +133,6 @@ class DynamicRule(ABC):
         if state["tasks"] != self._names:
             raise ValueError("the state of the dynamic mixing rule is of other tasks")
         self._memory = {k: np.array(v, dtype=np.float64) for k, v in state["memory"].items()}
-
-    def _bounded(self, weights: Floats) -> Floats:
-        return bounded_shares(weights, self._low, self._high)
 
     def _smoothed(self, name: str, value: Floats, weight: float) -> Floats:
         """Running mean of `value`, which starts at 0; the newest counts `weight`."""
@@ -180,16 +176,18 @@ class RegretRule(DynamicRule):
         progress = seen.progress
         if progress is None:
             raise ValueError("the regret rule needs how evaluation losses moved")
-        overfits = self._overfits(seen)
+        overfits = self._overfits(seen)  # also where nothing is measured: it keeps a running mean
         measured = np.isfinite(progress.gain_T)
         if "gain" not in self._memory and not measured.any():
             return self._static
+        # e_i: none at the gate, all at twice it.
         excess = progress.regret_T / np.maximum(progress.regret_gate_T, _TINY) - 1
         starved = np.where(measured, np.clip(excess, 0, 1), 0)
         lead = np.where(measured, self._lead(progress, seen.samples_T), 0)
+        # u_i = a_i + (1 - a_i) e_i: a starved task is pushed up whatever its gain, never beyond 1.
         signal = np.where(overfits & (starved > 0), -1.0, lead + (1 - lead) * starved)
-        push = self._smoothed("push", self._section.rate * signal, 1 - self._section.smoothing)
-        push = np.clip(push, -1, 1)
+        push = self._smoothed("push", self._section.rate * signal, 1 - self._section.smoothing).clip(-1, 1)
+        # high^m at m = 1 and low^-m at m = -1 are the bounds themselves; at 0 both are p.
         return self._static * np.where(push > 0, self._section.high**push, self._section.low**-push)
 
     def _lead(self, progress: Progress, samples: Floats) -> Floats:
@@ -198,8 +196,10 @@ class RegretRule(DynamicRule):
         gain = np.nan_to_num(progress.gain_T)
         mean = self._smoothed("gain", gain, weight)
         seen = self._smoothed("samples", samples, weight)
+        # U_i: its part of what all tasks gained, by samples. A mixture that loses sets no pace.
         usual = max(0.0, mean.sum()) / max(seen.sum(), _TINY) * seen
         noise = np.maximum(weight * progress.gain_noise_T, _TINY)
+        # Noise on both sides: where gain and pace are within it the ratio is near 1, the lead near 0.
         ratio = (np.maximum(0, mean) + noise) / (usual + noise)
         return np.clip(np.log(ratio) / math.log(_FULL_RATIO), -1, 1)
 
@@ -210,6 +210,7 @@ class RegretRule(DynamicRule):
         usual = self._memory.get("train_loss", np.zeros(len(self._static)))
         now = np.where(np.isfinite(seen.train_loss_T), seen.train_loss_T, usual)
         keep = self._section.smoothing
+        # The first loss is its own mean; from then on s usual + (1 - s) now.
         self._memory["train_loss"] = np.where(usual > 0, keep * usual + (1 - keep) * now, now)
         return (seen.repeats_T >= 1) & (now < usual)
 
@@ -230,24 +231,22 @@ class OdmRule(DynamicRule):
     def _wanted(self, seen: Observation) -> Floats:
         if seen.train_loss_T is None:
             raise ValueError("the odm rule needs training losses")
-        reward = self._reward(seen.train_loss_T, seen.samples_T)
+        loss = seen.train_loss_T
+        reward = self._memory.get("reward", np.zeros_like(loss))
+        measured = np.isfinite(loss) & (seen.samples_T > 0)
+        if measured.any():  # the reward of a task that was not sampled stays what it was
+            # EXP3's importance weighting: dividing by pi_i makes up for a task that is seldom drawn.
+            drawn = np.maximum(seen.samples_T / seen.samples_T.sum(), _TINY)
+            now = np.where(measured, loss, 0) / max(loss[measured].mean(), _TINY) / drawn
+            keep = self._section.smoothing
+            reward = np.where(measured, keep * reward + (1 - keep) * now, reward)
+        self._memory["reward"] = reward
         count = len(reward)
         explore = min(1 / count, math.sqrt(math.log(count) / (count * max(1, seen.steps))))
         exponents = self._section.rate * explore * reward
+        # softmax, then e of exploration for every task: (1 - K e) softmax + e sums to 1.
         odds = np.exp(exponents - exponents.max())
         return (1 - count * explore) * odds / odds.sum() + explore
-
-    def _reward(self, loss: Floats, samples: Floats) -> Floats:
-        """Of tasks that were not sampled it stays what it was."""
-        before = self._memory.get("reward", np.zeros_like(loss))
-        measured = np.isfinite(loss) & (samples > 0)
-        if measured.any():
-            share = samples / samples.sum()
-            now = np.where(measured, loss, 0) / max(loss[measured].mean(), _TINY) / np.maximum(share, _TINY)
-            keep = self._section.smoothing
-            before = np.where(measured, keep * before + (1 - keep) * now, before)
-        self._memory["reward"] = before
-        return before
 
 
 class DogeRule(DynamicRule):
@@ -266,12 +265,13 @@ class DogeRule(DynamicRule):
         if seen.gram_TT is None:
             raise ValueError("the doge rule needs inner products of gradients")
         shares = self._memory.get("shares", self._static)
-        norms = np.trace(seen.gram_TT)
+        norms = np.trace(seen.gram_TT)  # sum_j |g_j|^2
         if np.isfinite(seen.gram_TT).all() and norms > 0:
-            alignment = seen.gram_TT.sum(axis=1) / norms
+            alignment = seen.gram_TT.sum(axis=1) / norms  # row sums: <g_i, sum_j g_j>
             aligned = self._smoothed("alignment", alignment, 1 - self._section.smoothing)
             exponents = self._section.rate * aligned
-            shares = self._bounded(shares * np.exp(exponents - exponents.max()))
+            # The bounded shares are what the next step starts from, else one task's product would run away.
+            shares = bounded_shares(shares * np.exp(exponents - exponents.max()), self._low, self._high)
         self._memory["shares"] = shares
         return shares
 
@@ -330,8 +330,10 @@ class DynamicMix:
         """Whether a decision falls after so many steps; never twice for one of them."""
         span = self._mix.dynamic.every_blocks * self._mix.block
         done = done_steps * self._global_batch
+        # A step may end anywhere in a block, so what counts is whether it crossed a border.
         crossed = done // span > (done - self._global_batch) // span
-        return crossed and done_steps > self._decided and self._first_block(done) < self._end_block
+        end_block = -(-self._num_samples // self._mix.block)
+        return crossed and done_steps > self._decided and self._first_block(done) < end_block
 
     def decide(
         self,
@@ -340,10 +342,9 @@ class DynamicMix:
         train_loss_T: Floats | None = None,
         gram_TT: Floats | None = None,
     ) -> tuple[int, Floats]:
-        """Decide and change the plan; arguments as in `Observation`.
+        """Decide and change the plan; returns the change: (first block, sample weights of shape (tasks,)).
 
-        Returns:
-            (first block, sample weights of shape (tasks,)) of the change.
+        Arguments as in `Observation`.
         """
         done = done_steps * self._global_batch
         given = self._plan.counts(done)
@@ -351,6 +352,7 @@ class DynamicMix:
         seen = Observation(done_steps, since, given / self._rows, progress, train_loss_T, gram_TT)
         weights = self._rule.decide(seen) / self._units
         first = self._first_block(done)
+        # Caps are about what is left of the run once the decision takes effect, not about now.
         start = first * self._mix.block
         left = self._limits - self._plan.counts(start)
         weights = self._agree(spread_caps(weights, left, self._num_samples - start))
@@ -376,11 +378,8 @@ class DynamicMix:
         if not same_plan:
             self._given = self._plan.counts(self._decided * self._global_batch)
 
-    @property
-    def _end_block(self) -> int:
-        return -(-self._num_samples // self._mix.block)
-
     def _first_block(self, done_samples: int) -> int:
+        # Two decisions within the lead would name one block; the plan takes one change of a block.
         lead = effective_block(done_samples, self._mix.block, LEAD_STEPS, self._global_batch)
         return max(lead, self._plan.last_change + 1)
 

@@ -15,7 +15,7 @@ Decisions:
 - A state of a position holds the counters of its block, so that a resumed run plans no block before it.
 Planning keeps two rows of counts per block, about 90 us and 700 bytes each at 28 tasks; reaching a far
 position plans all blocks before it once.
-Does not choose the weights: see `rules.py`. Does not look at the rows.
+Does not choose the weights: see `static_mixing.py` and `dynamic_mixing.py`. Does not look at the rows.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ class MixPlan:
         if from_block <= last:
             raise ValueError(f"a weight change must come after block {last}, got {from_block}")
         self._history.append((from_block, _quantise(weights, len(self._sizes))))
+        # Entry b of `_used` is what was given before block b, so that of `from_block` itself still holds.
         kept = from_block + 1 - self._first
         del self._used[kept:], self._carry[kept:]
         self._blocks = {b: block for b, block in self._blocks.items() if b < from_block}
@@ -144,11 +145,6 @@ class MixPlan:
         """Number of the block that holds sample number `sample`."""
         return sample // self._block
 
-    def weights_at(self, block: int) -> Floats:
-        """The shares asked for in a block, shape (tasks,), summing to 1."""
-        weights = self._weights(block)
-        return np.asarray(weights / weights.sum())
-
     def at(self, g: int) -> SampleRef:
         """Sample number g of the run, counted from 0.
 
@@ -159,8 +155,8 @@ class MixPlan:
             raise IndexError(f"samples are counted from 0, got {g}")
         number, offset = divmod(g, self._block)
         block = self._blocks.get(number) or self._lay_out(number)
-        if number > self._handed_out:
-            self._handed_out = number
+        # Reading back must not lower the lead rule's bar.
+        self._handed_out = max(self._handed_out, number)
         if offset >= len(block.tasks):
             raise self._exhausted(g + 1)
         return SampleRef(block.tasks[offset], block.epochs[offset], block.rows[offset])
@@ -173,7 +169,7 @@ class MixPlan:
         """
         number, offset = divmod(num_samples, self._block)
         total = self._used_before(number).copy()
-        if offset:
+        if offset:  # only the begun block needs its order; whole ones are sums that are there
             tasks = (self._blocks.get(number) or self._lay_out(number)).tasks[:offset]
             total += np.bincount(tasks, minlength=len(total))
         if total.sum() < num_samples:
@@ -229,6 +225,7 @@ class MixPlan:
         start = state.get("start") or {"sample": 0, "used": nothing, "carry": nothing}
         used, carry = (np.array(start[key], dtype=np.int64) for key in ("used", "carry"))
         self._blocks.clear()
+        # Of a start inside a block, that block has been handed out; of one at its edge, the block before.
         self._handed_out = self.block_of(start["sample"] - 1)
         self._start_at(self.block_of(start["sample"]), used, carry)
 
@@ -249,20 +246,26 @@ class MixPlan:
         self._carry = [carry]
 
     def _lay_out(self, number: int) -> _Block:
-        """Order, epochs and rows of one block."""
+        """Order, epochs and rows of one block.
+
+        Sorted by task first: the j-th sample that task i gives to the block is its k-th of the run,
+        k = j + used_i, hence row permute(k mod n_i) of epoch k div n_i. Then the whole block is permuted.
+        """
         used = self._used_before(number)
         counts = self._used_before(number + 1) - used
         tasks = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(tasks))
-        # k-th sample that a task gives to the run
-        k = positions - (np.cumsum(counts) - counts)[tasks] + used[tasks]
+        first = np.cumsum(counts) - counts
+        k = positions - first[tasks] + used[tasks]
         sizes = self._sizes[tasks]
         epochs, places = np.divmod(k, sizes)
+        # One key per (task, epoch): every epoch of every task is a permutation of its own.
         rows = permute(places, sizes, _keys(self._seed, tasks, epochs))
         streams = np.full_like(tasks, _BLOCK_STREAM)
         numbers = np.full_like(tasks, number)
         order = permute(positions, np.full_like(tasks, len(tasks)), _keys(self._seed, streams, numbers))
         block = _Block(tasks[order].tolist(), epochs[order].tolist(), rows[order].tolist())
+        # A run reads forward, so the oldest block is the one that is not asked for again.
         while len(self._blocks) >= _KEPT_BLOCKS:
             del self._blocks[next(iter(self._blocks))]
         self._blocks[number] = block
@@ -270,23 +273,31 @@ class MixPlan:
 
     def _used_before(self, number: int) -> Ints:
         """Samples that each task gives before block `number`; plans what is not planned yet."""
-        if number < self._first:  # only a restored plan that is asked for its past
+        if number < self._first:
+            # Only a restored plan is asked for its past, which it has to plan from the beginning.
             self._start_at(0, np.zeros_like(self._sizes), np.zeros_like(self._sizes))
         while len(self._used) <= number - self._first:
-            weights = self._weights(self._first + len(self._used) - 1)
+            weights = self._weights_of(self._first + len(self._used) - 1)
             counts, carry = self._share_out(weights, self._used[-1], self._carry[-1])
             self._used.append(self._used[-1] + counts)
             self._carry.append(carry)
         return self._used[number - self._first]
 
-    def _weights(self, block: int) -> Ints:
-        return self._history[bisect.bisect_right(self._history, block, key=lambda entry: entry[0]) - 1][1]
+    def _weights_of(self, block: int) -> Ints:
+        """Those of the last change at or before the block."""
+        entry = bisect.bisect_right(self._history, block, key=lambda change: change[0]) - 1
+        return self._history[entry][1]
 
     def _share_out(self, weights: Ints, used: Ints, carry: Ints) -> tuple[Ints, Ints]:
-        """Samples of each task in one block, and the rounding error that the next block inherits."""
+        """Samples of each task in one block, and the rounding error that the next block inherits.
+
+        Largest remainder with carry: want_i = share_i * B + carry_i, count_i an integer near it with
+        sum_i count_i = B, and carry'_i = want_i - count_i. So rounding never adds up over blocks.
+        """
         active = (weights > 0) & (used < self._limits)
         counts = np.zeros_like(used)
         left = self._block
+        # Each turn either ends or takes a task at its limit out, so there are at most as many as tasks.
         while left and active.any():
             want = _shares(weights, active) * left + carry
             trial = _apportion(want, active, left)
@@ -297,6 +308,7 @@ class MixPlan:
             counts[over] = (self._limits - used)[over]
             left = self._block - int(counts.sum())
             active &= ~over
+        # All tasks are at their limits, or the block was filled on the way: nothing is owed to anyone.
         return counts, np.zeros_like(carry)
 
     def _exhausted(self, num_samples: int) -> Exhausted:
@@ -320,6 +332,7 @@ def permute(index: Ints, size: Ints, key: Words) -> Ints:
     width = np.ceil(np.sqrt(size)).astype(np.uint64)
     height = (bound + width - np.uint64(1)) // width
     pending = np.arange(len(result))
+    # width * height < size + width, so nearly all land inside at once and few turns are needed.
     while len(pending):
         w = width[pending]
         h = height[pending]
@@ -330,6 +343,7 @@ def permute(index: Ints, size: Ints, key: Words) -> Ints:
 
 
 def _rounds(x: Words, y: Words, width: Words, height: Words, key: Words) -> tuple[Words, Words]:
+    """x <- (x + h(y)) mod width, y <- (y + h(x)) mod height, so often that both depend on both."""
     for number in range(_ROUNDS):
         x = (x + _hash(y + _hash(key + np.uint64(2 * number))) % width) % width
         y = (y + _hash(x + _hash(key + np.uint64(2 * number + 1))) % height) % height
@@ -345,7 +359,7 @@ def _hash(words: Words) -> Words:
 
 
 def _keys(seed: int, stream: Ints, number: Ints) -> Words:
-    """One key per element for (seed, stream, number)."""
+    """One key per element for (seed, stream, number): h(h(h(seed) ^ stream) ^ number)."""
     start = np.full(stream.shape, seed % 2**64, dtype=np.uint64)
     return _hash(_hash(_hash(start) ^ stream.astype(np.uint64)) ^ number.astype(np.uint64))
 
@@ -363,6 +377,7 @@ def _shares(weights: Ints, active: NDArray[np.bool_]) -> Ints:
     """Fixed-point shares of the active tasks; they sum to 2 ** 30 exactly."""
     w = np.where(active, weights, 0)
     shares = w * _ONE // w.sum()
+    # What rounding down has lost goes to the largest, which it changes least.
     shares[np.argmax(shares)] += _ONE - shares.sum()
     return shares
 
@@ -370,6 +385,7 @@ def _shares(weights: Ints, active: NDArray[np.bool_]) -> Ints:
 def _apportion(want: Ints, active: NDArray[np.bool_], total: int) -> Ints:
     """Non-negative integers near `want` (fixed point) that sum to `total`; 0 for inactive tasks."""
     counts = np.where(active, np.maximum(want // _ONE, 0), 0)
+    # Largest remainder (Hamilton): what rounding down has left goes one by one to who misses most.
     for _ in range(total - int(counts.sum())):
         missing = np.where(active, want - counts * _ONE, np.iinfo(np.int64).min)
         counts[np.argmax(missing)] += 1

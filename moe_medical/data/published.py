@@ -46,15 +46,6 @@ class BadShape(Exception):
     """Why a record cannot be used. The reason names columns and types and never quotes a text."""
 
 
-def record_format(name: str) -> RecordFormat:
-    """The reader of a format in `FORMATS`: a record -> its rows, mostly one.
-
-    Raises:
-        KeyError: no such format. The reader raises BadShape for a record that is not of it.
-    """
-    return FORMATS[name]
-
-
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """The column as text; BadShape where there is none."""
     if column not in row:

@@ -1,9 +1,10 @@
 """Task YAMLs and mixture YAMLs -> `TaskSpec`s, with every mistake of every file reported at once.
 
 Decisions: one YAML per task, one YAML per mixture that names tasks by path or glob. Paths in a task YAML
-are relative to that YAML. A glob must match something and no two tasks share a name. Templates know
-`{column}` and nothing else: no attributes, indices or format specs, so a recipe from elsewhere cannot reach
-into Python objects. Prompt, target and metric may be left out and are then the kind's (`kinds.py`).
+are relative to that YAML. A glob must match something and no two tasks share a name. Rows come from exactly
+one of files, hub and builder. Templates know `{column}` and nothing else: no attributes, indices or format
+specs, so a recipe from elsewhere cannot reach into Python objects. Prompt, target and metric may be left out
+and are then the kind's (`kinds.py`).
 Does not look at the data: whether files and columns exist is found by `sources.load_split`.
 """
 
@@ -12,32 +13,54 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_medical.data.kinds import KINDS, KNOWN_METRICS, Kind
 from moe_medical.data.published import FORMATS
-from moe_medical.data.source_keys import (
-    SPLITS,
-    SUFFIXES,
-    BuilderSource,
-    FilesSource,
-    HubSource,
-    Source,
-    SourceKeys,
-    read_source,
-)
 from moe_medical.data.yaml_keys import Problems, read_keys, suggest
-from moe_medical.errors import ConfigError, Problem
 
-__all__ = ["SPLITS", "SUFFIXES", "BuilderSource", "FilesSource", "HubSource", "Source"]
-__all__ += ["HygieneSettings", "Mixture", "TaskSpec", "check_text_only", "load_mixture", "load_recipe"]
-__all__ += ["load_task", "parse_template", "template_columns"]
-
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 DUPLICATES = ("keep", "drop")
 YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class BuilderSource:
+    """Rows that the package makes itself from an embedded terminology."""
+
+    name: str
+    """`terminology/task`, for example `icd10cm/code_to_description`."""
+
+
+@dataclass(frozen=True)
+class FilesSource:
+    """Rows in local files."""
+
+    patterns: Mapping[str, tuple[str, ...]]
+    """Split -> absolute paths or globs."""
+    header: tuple[str, ...] | None = None
+    """Names of the columns of a CSV or TSV without a header line."""
+    join: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Split -> files whose records complete those with the same `join_by`."""
+    join_by: str = "id"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Rows that `datasets.load_dataset` reads: a hub id, or a local folder."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    splits: Mapping[str, str]
+    """Our split -> its name in the data set."""
+
+
+Source = BuilderSource | FilesSource | HubSource
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class TaskSpec:
     """Epochs of the task at most; None takes the mixture's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HygieneSettings:
     """What a mixture does about rows that are there more than once. The default changes nothing."""
 
@@ -100,11 +123,52 @@ class Mixture:
 
 
 @dataclass
+class _JoinKeys:
+    by: str = "id"
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+
+
+@dataclass
+class _FilesKeys:
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    header: list[str] | None = None
+    join: _JoinKeys | None = None
+
+
+@dataclass
+class _SplitKeys:
+    train: str = "train"
+    validation: str | None = "validation"
+    test: str | None = "test"
+
+
+@dataclass
+class _HubKeys:
+    name: str = ""
+    config: str | None = None
+    revision: str | None = None
+    splits: _SplitKeys = field(default_factory=_SplitKeys)
+
+
+@dataclass
+class _SourceKeys:
+    """The keys as the YAML has them."""
+
+    builder: str | None = None
+    files: _FilesKeys | None = None
+    hub: _HubKeys | None = None
+
+
+@dataclass
 class _TaskKeys:
     name: str = ""
     kind: str = ""
     metric: str = ""
-    source: SourceKeys = field(default_factory=SourceKeys)
+    source: _SourceKeys = field(default_factory=_SourceKeys)
     prompt: str = ""
     target: str = ""
     choices: str | None = None
@@ -124,18 +188,10 @@ class _TaskKeys:
 
 
 @dataclass
-class _HygieneKeys:
-    duplicates: str = "keep"
-    near_duplicates: str = "keep"
-    overlap: str = "keep"
-    threshold: float = 0.8
-
-
-@dataclass
 class _MixtureKeys:
     name: str = ""
     tasks: list[str] = field(default_factory=list)
-    hygiene: _HygieneKeys = field(default_factory=_HygieneKeys)
+    hygiene: HygieneSettings = field(default_factory=HygieneSettings)
 
 
 def load_mixture(path: Path) -> Mixture:
@@ -150,31 +206,15 @@ def load_mixture(path: Path) -> Mixture:
     files = _task_files(path, keys, found) if keys else []
     specs = [spec for file in files if (spec := _load_task(file, found)) is not None]
     _check_names_differ(specs, found)
-    hygiene = _hygiene(keys.hygiene, path, found) if keys else HygieneSettings()
+    if keys:
+        _check_hygiene(keys.hygiene, path, found)
     found.raise_if_any(path)
-    return Mixture(keys.name if keys else "", specs, hygiene)
-
-
-def load_recipe(path: Path) -> list[TaskSpec]:
-    """The tasks of a mixture YAML; raises ConfigError as `load_mixture` does."""
-    return load_mixture(path).tasks
-
-
-def check_text_only(specs: Sequence[TaskSpec], recipe: Path) -> None:
-    """Refuses tasks of images where only text would reach the model.
-
-    Raises:
-        ConfigError: naming all of them.
-    """
-    names = [spec.name for spec in specs if spec.image is not None]
-    if names:
-        rule = f"must hold tasks of text only, as no vision tower reads the images of {', '.join(names)}"
-        fix = "Leave these tasks out; `moe-medical data check` reads them."
-        raise ConfigError(str(recipe), [Problem(f"{recipe}: tasks", rule, fix=fix)])
+    assert keys is not None, "a mixture that cannot be read has a problem"
+    return Mixture(keys.name, specs, keys.hygiene)
 
 
 def load_task(path: Path) -> TaskSpec:
-    """One task YAML on its own; raises ConfigError as `load_recipe` does."""
+    """One task YAML on its own; raises ConfigError as `load_mixture` does."""
     found = Problems()
     spec = _load_task(path, found)
     found.raise_if_any(path)
@@ -231,7 +271,7 @@ def _load_task(path: Path, found: Problems) -> TaskSpec | None:
     _check_words(keys, path, found)
     _check_numbers(keys, path, found)
     _check_templates(keys, path, found)
-    source = read_source(keys.source, path, found)
+    source = _source(keys.source, path, found)
     given = {f: getattr(keys, f) for f in _TaskKeys.__dataclass_fields__}
     images = path.parent.absolute() / Path(keys.images or ".").expanduser() if keys.image else None
     given |= {"path": path, "source": source, "tags": tuple(keys.tags), "images": images}
@@ -294,9 +334,65 @@ def _check_templates(keys: _TaskKeys, path: Path, found: Problems) -> None:
         found.check(bool(columns), where, "must use at least one {column}", text)
 
 
-def _hygiene(keys: _HygieneKeys, path: Path, found: Problems) -> HygieneSettings:
+def _check_hygiene(keys: HygieneSettings, path: Path, found: Problems) -> None:
     for key in ("duplicates", "near_duplicates", "overlap"):
         found.check_known(getattr(keys, key), DUPLICATES, f"{path}: hygiene.{key}")
     rule = "must be a number above 0 and at most 1"
     found.check(0 < keys.threshold <= 1, f"{path}: hygiene.threshold", rule, keys.threshold)
-    return HygieneSettings(keys.duplicates, keys.near_duplicates, keys.overlap, keys.threshold)
+
+
+def _source(keys: _SourceKeys, path: Path, found: Problems) -> Source:
+    """The source of the task YAML at `path`; what is wrong is noted in `found`."""
+    given = [name for name in ("builder", "files", "hub") if getattr(keys, name) is not None]
+    where = f"{path}: source"
+    got = ", ".join(given) or "none"
+    found.check(len(given) == 1, where, "must be exactly one of builder, files, hub", got)
+    if keys.files is not None:
+        return _files(keys.files, path, found)
+    if keys.hub is not None:
+        return _hub(keys.hub, f"{where}.hub", found)
+    named = keys.builder is None or re.fullmatch(r"[\w-]+/[\w-]+", keys.builder)
+    found.check(bool(named), f"{where}.builder", "must be terminology/task", keys.builder)
+    return BuilderSource(keys.builder or "")
+
+
+def _hub(keys: _HubKeys, where: str, found: Problems) -> HubSource:
+    found.check(bool(keys.name), f"{where}.name", "must be given")
+    splits = {s: name for s in SPLITS if (name := getattr(keys.splits, s))}
+    found.check("train" in splits, f"{where}.splits.train", "must be given")
+    return HubSource(keys.name, keys.config, keys.revision, splits)
+
+
+def _files(keys: _FilesKeys, path: Path, found: Problems) -> FilesSource:
+    where = f"{path}: source.files"
+    found.check(keys.train is not None, f"{where}.train", "must be given")
+    patterns = _patterns(keys, path, where, found)
+    header = tuple(keys.header) if keys.header is not None else None
+    distinct = header is None or (header and len(set(header)) == len(header))
+    found.check(bool(distinct), f"{where}.header", "must be a list of different names", keys.header)
+    if keys.join is None:
+        return FilesSource(patterns, header)
+    join = _patterns(keys.join, path, f"{where}.join", found)
+    found.check(
+        bool(join) and set(join) <= set(patterns), f"{where}.join", "must name a split that has files"
+    )
+    return FilesSource(patterns, header, join, keys.join.by)
+
+
+def _patterns(
+    keys: _FilesKeys | _JoinKeys, path: Path, where: str, found: Problems
+) -> dict[str, tuple[str, ...]]:
+    patterns = {}
+    for split in SPLITS:
+        value = getattr(keys, split)
+        place = f"{where}.{split}"
+        entries = [value] if isinstance(value, str) else value
+        if value is None:
+            continue
+        if not isinstance(entries, list) or not entries or not all(e and isinstance(e, str) for e in entries):
+            found.add(place, "must be a path or a list of paths", value)
+            continue
+        for entry in entries:
+            found.check(entry.endswith(SUFFIXES), place, f"must end in {', '.join(SUFFIXES)}", entry)
+        patterns[split] = tuple(str(path.parent.absolute() / Path(e).expanduser()) for e in entries)
+    return patterns

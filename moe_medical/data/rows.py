@@ -3,7 +3,7 @@
 Decisions: memory does not grow with the data, neither while a store is written (batches of 1024 rows; of
 ids, 64 bits of hash) nor while it is read (pages of a memory map, which belong to the system). Rows that
 are left out later make a view with 8 bytes a row, not a copy. A store keeps line and digest of each record,
-so a row can be set aside at any time without its text; file names are given at opening, as files may move.
+so a row can be rejected at any time without its text; file names are given at opening, as files may move.
 The store holds record text: see `store.py` for who may read it.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 from typing import Any, overload
@@ -22,16 +23,24 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from moe_medical.data.store import BatchFile, BatchWriter, Rows, content_key, damaged
+from moe_medical.data.store import content_key, damaged
 
 BATCH_ROWS = 1024
+_KEPT_BATCHES = 1024
+# NOTE(pyarrow): a thread of its pools may abort the process as the interpreter ends (apache/arrow#34314), so
+# none is started: no threads, and the map is read as a buffer, not as a file.
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+_WRITE = pa.ipc.IpcWriteOptions(use_threads=False)
 _BATCH_CHARACTERS = 2**24
 _DIGEST_BYTES = 6
 _FIELDS = ("id", "prompt", "target", "choices", "image")
 _BAD = "bad.jsonl"
 _KEPT = "kept.npy"
 _META = "meta.json"
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +57,8 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRecord:
-    """Where a record is that was set aside, and why. Never its text."""
+class RejectedRecord:
+    """Where a record is that was rejected, and why. Never its text."""
 
     file: str
     line: int
@@ -64,6 +73,63 @@ class BadRecord:
 def record_digest(data: bytes) -> str:
     """What stands for a raw record in reports."""
     return hashlib.sha256(data).hexdigest()[: 2 * _DIGEST_BYTES]
+
+
+class BatchWriter:
+    """Writes an Arrow IPC file batch by batch. `BatchFile` reads it."""
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema) -> None:
+        self._starts_file = folder / f"{name}.starts.npy"
+        self._writer = pa.ipc.new_file(folder / f"{name}.arrow", schema, options=_WRITE)
+        self._starts = [0]
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._writer.write_batch(batch)
+        self._starts.append(self._starts[-1] + batch.num_rows)
+
+    def close(self) -> None:
+        self._writer.close()
+        np.save(self._starts_file, np.array(self._starts, dtype=np.int64))
+
+
+class BatchFile:
+    """Random access to the batches of a memory-mapped Arrow IPC file, from any thread.
+
+    Raises:
+        StorageError: the files are not what `BatchWriter` left.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            mapped = pa.memory_map(str(folder / f"{name}.arrow")).read_buffer()
+            self._reader = pa.ipc.open_file(pa.BufferReader(mapped), options=_READ)
+            self._starts: Rows = np.load(folder / f"{name}.starts.npy")
+        except (OSError, EOFError, ValueError):  # ArrowInvalid is a ValueError
+            raise damaged(folder) from None
+        if len(self._starts) != self._reader.num_record_batches + 1:
+            raise damaged(folder)
+        self._lock = threading.Lock()
+        self.batch = lru_cache(maxsize=_KEPT_BATCHES)(self._read)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def locate(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Batch of each row, and its place there."""
+        batches = self._starts.searchsorted(rows, side="right") - 1
+        return batches, rows - self._starts[batches]
+
+    def take(self, rows: Rows) -> Iterator[tuple[Rows, pa.RecordBatch]]:
+        """The rows batch by batch, each with the places that they have in `rows`."""
+        batches, places = self.locate(rows)
+        order = batches.argsort(kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(batches[order])) + 1):
+            if len(group):
+                yield group, self.batch(int(batches[group[0]])).take(pa.array(places[group]))
+
+    def _read(self, number: int) -> pa.RecordBatch:
+        with self._lock:  # the reader makes no promise to threads
+            return self._reader.get_batch(number)
 
 
 class _Store:
@@ -157,28 +223,28 @@ class TextRows(Sequence[Example]):
                 found.update(pc.unique(batch.column("choices").flatten()).to_pylist())
         return found
 
-    def records(self, rows: Sequence[int], reason: str) -> list[BadRecord]:
-        """The rows with these numbers as records that are set aside."""
+    def records(self, rows: Sequence[int], reason: str) -> list[RejectedRecord]:
+        """The rows with these numbers as rejected records."""
         places = self._places(rows)
-        found: dict[int, BadRecord] = {}
+        found: dict[int, RejectedRecord] = {}
         for group, batch in self._store.table.take(places):
             files = self._store.sources(places[group])
             lines = batch.column("line").to_pylist()
             digests = batch.column("digest").to_pylist()
             for place, file, line, digest in zip(group.tolist(), files, lines, digests, strict=True):
-                found[place] = BadRecord(file, line, reason, digest.hex())
+                found[place] = RejectedRecord(file, line, reason, digest.hex())
         return [found[place] for place in range(len(places))]
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What `RowWriter.end_source` was told of each source."""
-        return [source["told"] for source in self._store.meta["sources"]]
+        """What `RowWriter.end_source` was given about each source."""
+        return [source["about"] for source in self._store.meta["sources"]]
 
-    def bad_records(self) -> list[BadRecord]:
-        """What was set aside when the store was written, in the order of the sources."""
-        lines = (self._store.folder / _BAD).read_text().splitlines()
+    def rejected(self) -> list[RejectedRecord]:
+        """What was rejected when the store was written, in the order of the sources."""
+        lines = (self._store.folder / _BAD).read_text(encoding="utf-8").splitlines()
         found = sorted(map(json.loads, lines))
-        return [BadRecord(self._store.files[source], *rest) for source, *rest in found]
+        return [RejectedRecord(self._store.files[source], *rest) for source, *rest in found]
 
     def _places(self, rows: Sequence[int] | Rows) -> Rows:
         """Row numbers of the view -> of the file."""
@@ -214,14 +280,14 @@ def _read_selection(folder: Path) -> Rows | None:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text())
+        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
         return meta
     except (OSError, ValueError):
         raise damaged(folder) from None
 
 
 class RowWriter:
-    """Writes a store into an empty folder: `add` and `set_aside`, `end_source` per source, `finish`."""
+    """Writes a store into an empty folder: `add` and `reject`, `end_source` per source, `finish`."""
 
     def __init__(self, folder: Path, has_ids: bool, has_choices: bool, has_images: bool = False) -> None:
         self._folder = folder
@@ -233,7 +299,7 @@ class RowWriter:
         schema += [("line", pa.int64()), ("digest", pa.binary(_DIGEST_BYTES))]
         self._schema = pa.schema(schema)
         self._writer = BatchWriter(folder, "rows", self._schema)
-        self._bad = (folder / _BAD).open("w")
+        self._bad = (folder / _BAD).open("w", encoding="utf-8")
         self._meta: dict[str, Any] = {"sources": [], "choices": has_choices}
         self._hashes = array("q")
         self._empty_batch()
@@ -252,22 +318,22 @@ class RowWriter:
         if len(self._batch["line"]) == BATCH_ROWS or self._characters > _BATCH_CHARACTERS:
             self._flush()
 
-    def set_aside(self, line: int, reason: str, digest: str) -> None:
+    def reject(self, line: int, reason: str, digest: str) -> None:
         """One record that cannot be used."""
         self._note(len(self._meta["sources"]), line, reason, digest)
 
-    def end_source(self, told: dict[str, Any]) -> None:
-        """What follows is of the next source; `told` are JSON values that `TextRows.sources` gives back."""
-        self._meta["sources"].append({"rows": self._rows, "told": told})
+    def end_source(self, about: dict[str, Any]) -> None:
+        """What follows is of the next source; `about` are JSON values that `TextRows.sources` gives back."""
+        self._meta["sources"].append({"rows": self._rows, "about": about})
         self._rows = 0
 
     def finish(self) -> None:
-        """Set aside each row whose id an earlier row has, and close the files."""
+        """Reject each row whose id an earlier row has, and close the files."""
         self._flush()
         self._writer.close()
-        (self._folder / _META).write_text(json.dumps(self._meta))
+        (self._folder / _META).write_text(json.dumps(self._meta), encoding="utf-8")
         if self._has_ids:
-            self._set_repeats_aside()
+            self._reject_repeats()
         self._bad.close()
 
     def _empty_batch(self) -> None:
@@ -282,7 +348,7 @@ class RowWriter:
     def _note(self, source: int, line: int, reason: str, digest: str) -> None:
         self._bad.write(json.dumps([source, line, reason, digest]) + "\n")
 
-    def _set_repeats_aside(self) -> None:
+    def _reject_repeats(self) -> None:
         file = BatchFile(self._folder, "rows")
         repeats = np.array(
             sorted(_repeats(np.frombuffer(self._hashes, dtype=np.int64), file)), dtype=np.int64

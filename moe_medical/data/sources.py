@@ -1,10 +1,10 @@
-"""Task spec -> examples of one split, with unusable records set aside and every file fingerprinted.
+"""Task spec -> examples of one split, with unusable records rejected and every file fingerprinted.
 
-Decisions: one path for all formats: a reader yields raw records with their line, `examples.py` turns a record
-into `Example`s or into a `BadRecord` that tells where and why, never what it said. What comes out is kept on
-disk (`rows.py`) under the hash of what went in, so a second run reads the source only to hash it, and a
-source that has not been touched not even for that. The share of bad records is limited per file. An embedded
-terminology is a builder of JSONL files and then is read like any other file.
+Decisions: one path for all formats: a reader yields raw records with their line, `columns.py` turns a record
+into `Example`s, or it becomes a `RejectedRecord` that says where and why, never what it held. What comes out
+is kept on disk (`rows.py`) under the hash of what went in, so a second run reads the source only to hash it,
+and a source that has not been touched not even for that. The share of unusable records is limited per file.
+An embedded terminology is a builder of JSONL files and then is read like any other file.
 A `.json` list and a single record have to fit into memory; a split does not.
 Does not shuffle or tokenise, and never runs code that comes with a data set.
 """
@@ -21,9 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_medical.data.columns import image_content
-from moe_medical.data.examples import ExampleMaker
-from moe_medical.data.fingerprints import Fingerprint, Fingerprinter, fingerprint_file
+from moe_medical.data.columns import ExampleMaker, image_content
 from moe_medical.data.published import BadShape
 from moe_medical.data.readers import Raw, complete_records, read_file
 from moe_medical.data.recipe import (
@@ -34,16 +32,21 @@ from moe_medical.data.recipe import (
     TaskSpec,
     template_columns,
 )
-from moe_medical.data.rows import BadRecord, Example, RowWriter, TextRows, record_digest
-from moe_medical.data.store import code_key, content_key, published
+from moe_medical.data.rows import Example, RejectedRecord, RowWriter, TextRows, record_digest
+from moe_medical.data.store import (
+    Fingerprint,
+    Fingerprinter,
+    code_key,
+    content_key,
+    fingerprint_file,
+    published,
+)
 from moe_medical.errors import DataError
 from moe_medical.files import default_cache
 
-__all__ = ["BadRecord", "Example", "Split", "load_split", "row_settings", "splits_of"]
+__all__ = ["Example", "RejectedRecord", "Split", "load_split", "row_settings", "splits_of"]
 
-_CODE = code_key(
-    "sources", "examples", "columns", "published", "readers", "recipe", "fingerprints", "rows", "store"
-)
+_CODE = code_key("sources", "columns", "published", "readers", "recipe", "rows", "store")
 _NO_MATTER = {"name", "kind", "metric", "path", "source", "licence", "citation", "attribution"}
 _NO_MATTER |= {"tags", "phi", "weight", "max_repeats"}
 """Keys of a task YAML that do not shape its rows."""
@@ -54,7 +57,7 @@ class Split:
     """The usable rows of one split in file order."""
 
     examples: TextRows
-    bad: list[BadRecord]
+    rejected: list[RejectedRecord]
     fingerprints: dict[str, Fingerprint]
     """By file, in order; for a hub source, of its records."""
 
@@ -85,19 +88,19 @@ def load_split(spec: TaskSpec, split: str, max_bad_fraction: float) -> Split:
     key = content_key([_CODE, row_settings(spec), contents, image_content(spec)])
     folder = published("rows", key, lambda draft: _build(draft, spec, origins, max_bad_fraction))
     rows = TextRows.open(folder, spec.name, [origin.name for origin in origins], key)
-    bad = rows.bad_records()
+    rejected = rows.rejected()
     unusable = {origin.name: _Unusables() for origin in origins}
-    for record in bad:
+    for record in rejected:
         unusable[record.file].add(record.line, record.reason)
     fingerprints = {}
-    for origin, told in zip(origins, rows.sources, strict=True):
-        _check_bad_share(spec, origin, told["records"], unusable[origin.name], max_bad_fraction)
-        fingerprints[origin.name] = Fingerprint.from_json(told["fingerprint"])
+    for origin, about in zip(origins, rows.sources, strict=True):
+        _check_bad_share(spec, origin, about["records"], unusable[origin.name], max_bad_fraction)
+        fingerprints[origin.name] = Fingerprint.from_json(about["fingerprint"])
     if not rows:
         raise DataError(f"{spec.path}: the {split} split has no usable record.")
     for file in _joined_files(spec, split):
         fingerprints[str(file)] = _fingerprint(file, f"{spec.path}: source.files.join.{split}")
-    return Split(rows, bad, fingerprints)
+    return Split(rows, rejected, fingerprints)
 
 
 def splits_of(spec: TaskSpec) -> list[str]:
@@ -124,8 +127,8 @@ def _build(folder: Path, spec: TaskSpec, origins: Sequence[_Origin], max_bad_fra
     writer = RowWriter(folder, spec.id is not None, spec.choices is not None, spec.image is not None)
     to_example = ExampleMaker(spec)
     for origin in origins:
-        told = _read_origin(spec, origin, to_example, writer, max_bad_fraction)
-        writer.end_source(told)
+        about = _read_origin(spec, origin, to_example, writer, max_bad_fraction)
+        writer.end_source(about)
     writer.finish()
 
 
@@ -272,7 +275,7 @@ class _Unusables:
 def _read_origin(
     spec: TaskSpec, origin: _Origin, to_example: ExampleMaker, writer: RowWriter, max_bad_fraction: float
 ) -> dict[str, Any]:
-    """What the store is told of the origin."""
+    """Reads an origin into the store; what the store keeps about it."""
     running = Fingerprinter()
     columns = _Columns()
     unusable = _Unusables()
@@ -293,7 +296,7 @@ def _read_origin(
         except BadShape as e:
             records += 1
             unusable.add(raw.line, str(e))
-            writer.set_aside(raw.line, str(e), record_digest(raw.data))
+            writer.reject(raw.line, str(e), record_digest(raw.data))
     _check_columns(spec, origin, columns)
     _check_bad_share(spec, origin, records, unusable, max_bad_fraction)
     fingerprint = origin.fingerprint or running.result()

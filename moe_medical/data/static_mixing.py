@@ -64,6 +64,7 @@ def task_weights(mix: MixSection, tasks: Sequence[TaskSize], num_samples: int) -
     if problems:
         raise ConfigError("the run file", problems)
     shares = unit_shares(mix, tasks, num_samples)
+    # A token share of long samples is a smaller share of samples.
     samples = shares / units_per_sample(mix, tasks)
     limits = row_limits([t.rows for t in tasks], [t.max_repeats for t in tasks])
     return spread_caps(samples, limits, num_samples)
@@ -79,6 +80,7 @@ def weight_schedule(mix: MixSection, tasks: Sequence[TaskSize], num_samples: int
     final = task_weights(mix, tasks, num_samples)
     if mix.temperature_from is None:
         return [(0, final)]
+    # The inverse 1 / T is what acts, as n ** (1 / T): equal steps of T itself would do most at the end.
     exponents = np.linspace(1 / mix.temperature_from, 1 / mix.temperature, mix.temperature_blocks + 1)
     steps = [replace(mix, temperature=float(1 / e)) for e in exponents[:-1]]
     warm = [(block, task_weights(step, tasks, num_samples)) for block, step in enumerate(steps)]
@@ -112,7 +114,7 @@ def _takes_part(mix: MixSection, task: TaskSize) -> bool:
 def _problems(mix: MixSection, tasks: Sequence[TaskSize]) -> Iterator[Problem]:
     problems = list(_share_problems(mix.shares, tasks)) if mix.rule == "explicit" else []
     yield from problems
-    if problems:
+    if problems:  # who takes part is not known without the shares
         return
     count = sum(_takes_part(mix, t) for t in tasks)
     if not count:
@@ -153,6 +155,7 @@ def _uniform(mix: MixSection, sizes: _Sizes) -> Floats:
 
 def _temperature(mix: MixSection, sizes: _Sizes) -> Floats:
     """n ** (1 / T) (Arivazhagan 2019): 1 is proportional, 2 the square root, large T nears uniform."""
+    # Relative to the largest, so that no power of a count of tokens overflows.
     return (sizes.units / sizes.units.max()) ** (1 / mix.temperature)
 
 
@@ -164,6 +167,7 @@ def _cap(mix: MixSection, sizes: _Sizes) -> Floats:
 def _effective_number(mix: MixSection, sizes: _Sizes) -> Floats:
     """Cui 2019 as sampling: each of n rows weighs (1 - beta) / (1 - beta ** n), the inverse of their number
     of distinct ones. beta has to suit the scale: near 0 it is proportional, near 1 uniform."""
+    # 1 - beta ** n as -expm1(n log beta): for beta near 1 the plain difference has no digits left.
     return sizes.units * (1 - mix.beta) / -np.expm1(sizes.units * np.log(mix.beta))
 
 
@@ -173,7 +177,7 @@ def _unimax(mix: MixSection, sizes: _Sizes) -> Floats:
     Tokens: the budget is what `num_samples` samples of the resulting mix have, found by halving.
     """
     low, high = (sizes.num_samples * f(sizes.units_per_sample) for f in (np.min, np.max))
-    for _ in range(64):
+    for _ in range(64):  # a double has 53 digits to halve
         budget = (low + high) / 2
         samples = (_unimax_units(sizes.units, mix.epochs, budget) / sizes.units_per_sample).sum()
         low, high = (budget, high) if samples < sizes.num_samples else (low, budget)
@@ -222,6 +226,8 @@ def bounded_shares(weights: Floats, low: Floats, high: Floats) -> Floats:
     Returns:
         (tasks,) shares that sum to 1 up to rounding.
     """
+    # x -> sum_i clip(x * r_i, low_i, high_i) rises and is linear between the x at which a share meets a
+    # bound, so the x of sum 1 lies on the line between two of them.
     ratios = np.maximum(weights / np.sum(weights), _LEAST)
     turns = np.sort(np.concatenate([low / ratios, high / ratios]))
     sums = np.array([np.clip(x * ratios, low, high).sum() for x in turns])
@@ -257,11 +263,13 @@ def spread_caps(weights: Floats, limits: Ints, num_samples: int) -> Floats:
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     ceilings = np.where(shares > 0, limits / num_samples, 0.0)
     capped = np.zeros(len(shares), dtype=bool)
+    # Water-filling: each turn caps the tasks that are over and spreads the room that is left over the others,
+    # w_i = room * share_i / rest. A capped task stays capped, so there are at most as many turns as tasks.
     while True:
         room = 1.0 - ceilings[capped].sum()
         rest = shares[~capped].sum()
         if rest <= 0 or room <= 0:
-            return ceilings / ceilings.sum()
+            return ceilings / ceilings.sum()  # all are capped: the run is longer than the data allows
         filled = np.where(capped, ceilings, shares * (room / rest))
         over = ~capped & (filled > ceilings)
         if not over.any():

@@ -1,4 +1,4 @@
-"""Derived data on disk: folders of the cache that are private, whole, and named by their content.
+"""Derived data on disk: folders of the cache that are private, whole, and named by what they are made from.
 
 Decisions:
 - A folder's name is the hash of all that its content depends on, the code that made it as well: it is never
@@ -7,8 +7,9 @@ Decisions:
   $MOE_MEDICAL_CACHE says.
 - One process of a machine builds while the others wait, on a lock that the kernel frees when its owner
   ends. Without such locks the work may be done twice, never wrongly.
-- Tables are Arrow IPC files in batches, read through a memory map: opening costs nothing, and pages that
-  are not in use belong to the system.
+- A source file is known by its fingerprint: sha256 says whether it changed, a CRC-32 of each MiB says where
+  (8 hex digits: 80 kB for 10 GB). The fingerprint of a file is kept by path, inode, size and both times, so
+  a file that has not been touched is not read again; a touched one costs one reading and is no change.
 Does not sweep the cache: it may be deleted whenever no run is using it.
 """
 
@@ -16,27 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+import os
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
+from typing import Any
 
 from moe_medical.errors import StorageError
-from moe_medical.files import CACHE_VARIABLE, default_cache, one_at_a_time, publish_folder
+from moe_medical.files import CACHE_VARIABLE, default_cache, one_at_a_time, publish_folder, write_json
 
-_LOG = logging.getLogger(__name__)
-_KEPT_BATCHES = 1024
-# NOTE(pyarrow): a thread of its pools may abort the process as the interpreter ends (apache/arrow#34314), so
-# none is started: no threads, and the map is read as a buffer, not as a file.
-_READ = pa.ipc.IpcReadOptions(use_threads=False)
-_WRITE = pa.ipc.IpcWriteOptions(use_threads=False)
-
-Rows = NDArray[np.int64]
+CHUNK_BYTES = 2**20
+_SETTLED_NS = 2 * 10**9
+"""A file changed so shortly before may change again within one tick of its time stamp."""
 
 
 def content_key(value: object) -> str:
@@ -90,58 +86,111 @@ def _build(draft: Path, build: Callable[[Path], None]) -> None:
     build(draft)
 
 
-class BatchWriter:
-    """Writes an Arrow IPC file batch by batch. `BatchFile` reads it."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """The content of one file, or of the records of one split of a hub data set."""
 
-    def __init__(self, folder: Path, name: str, schema: pa.Schema) -> None:
-        self._starts_file = folder / f"{name}.starts.npy"
-        self._writer = pa.ipc.new_file(folder / f"{name}.arrow", schema, options=_WRITE)
-        self._starts = [0]
+    sha256: str
+    size: int
+    """Bytes."""
+    lines: int | None
+    """None where the format has no lines."""
+    chunks: str
+    """8 hex digits for each MiB."""
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._writer.write_batch(batch)
-        self._starts.append(self._starts[-1] + batch.num_rows)
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-    def close(self) -> None:
-        self._writer.close()
-        np.save(self._starts_file, np.array(self._starts, dtype=np.int64))
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Fingerprint:
+        return cls(**value)
+
+    def first_difference(self, other: Fingerprint) -> int:
+        """Number of the first MiB that differs, counted from 0; the two must differ."""
+        mine = self.chunks
+        theirs = other.chunks
+        pairs = range(0, min(len(mine), len(theirs)), 8)
+        return next((i for i in pairs if mine[i : i + 8] != theirs[i : i + 8]), len(pairs) * 8) // 8
 
 
-class BatchFile:
-    """Random access to the batches of a memory-mapped Arrow IPC file, from any thread.
+class Fingerprinter:
+    """Takes a stream of bytes in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._size = self._newlines = self._crc = 0
+        self._chunks: list[str] = []
+        self._last = b"\n"
+
+    def update(self, data: bytes) -> None:
+        self._sha256.update(data)
+        self._newlines += data.count(b"\n")
+        self._last = data[-1:] or self._last
+        view = memoryview(data)
+        while view:
+            piece = view[: CHUNK_BYTES - self._size % CHUNK_BYTES]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._size += len(piece)
+            view = view[len(piece) :]
+            if self._size % CHUNK_BYTES == 0:
+                self._end_chunk()
+
+    def result(self, has_lines: bool = True) -> Fingerprint:
+        """Call it once, at the end."""
+        if self._size % CHUNK_BYTES:
+            self._end_chunk()
+        lines = self._newlines + (self._last != b"\n") if has_lines else None
+        return Fingerprint(self._sha256.hexdigest(), self._size, lines, "".join(self._chunks))
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(f"{self._crc:08x}")
+        self._crc = 0
+
+
+def fingerprint_file(file: Path, clock_ns: Callable[[], int] = time.time_ns) -> Fingerprint:
+    """The fingerprint of a file, from the cache where the file has not been touched since.
 
     Raises:
-        StorageError: the files are not what `BatchWriter` left.
+        OSError: the file cannot be read.
     """
+    state = _state(file)
+    kept = _kept(file)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return Fingerprint.from_json(known["fingerprint"])
+    fingerprint = _read(file)
+    settled = clock_ns() - max(state["changed"], state["modified"]) > _SETTLED_NS
+    if settled and _state(file) == state:
+        _keep(kept, {"state": state, "fingerprint": fingerprint.to_json()})
+    return fingerprint
 
-    def __init__(self, folder: Path, name: str) -> None:
-        try:
-            mapped = pa.memory_map(str(folder / f"{name}.arrow")).read_buffer()
-            self._reader = pa.ipc.open_file(pa.BufferReader(mapped), options=_READ)
-            self._starts: Rows = np.load(folder / f"{name}.starts.npy")
-        except (OSError, EOFError, ValueError):  # ArrowInvalid is a ValueError
-            raise damaged(folder) from None
-        if len(self._starts) != self._reader.num_record_batches + 1:
-            raise damaged(folder)
-        self._lock = threading.Lock()
-        self.batch = lru_cache(maxsize=_KEPT_BATCHES)(self._read)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+def _read(file: Path) -> Fingerprint:
+    running = Fingerprinter()
+    with file.open("rb") as stream:
+        while data := stream.read(CHUNK_BYTES):
+            running.update(data)
+    return running.result(has_lines=file.suffix != ".parquet")
 
-    def locate(self, rows: Rows) -> tuple[Rows, Rows]:
-        """Batch of each row, and its place there."""
-        batches = self._starts.searchsorted(rows, side="right") - 1
-        return batches, rows - self._starts[batches]
 
-    def take(self, rows: Rows) -> Iterator[tuple[Rows, pa.RecordBatch]]:
-        """The rows batch by batch, each with the places that they have in `rows`."""
-        batches, places = self.locate(rows)
-        order = batches.argsort(kind="stable")
-        for group in np.split(order, np.flatnonzero(np.diff(batches[order])) + 1):
-            if len(group):
-                yield group, self.batch(int(batches[group[0]])).take(pa.array(places[group]))
+def _state(file: Path) -> dict[str, int]:
+    info = os.stat(file)
+    return {
+        "device": info.st_dev,
+        "inode": info.st_ino,
+        "size": info.st_size,
+        "modified": info.st_mtime_ns,
+        "changed": info.st_ctime_ns,
+    }
 
-    def _read(self, number: int) -> pa.RecordBatch:
-        with self._lock:  # the reader makes no promise to threads
-            return self._reader.get_batch(number)
+
+def _kept(file: Path) -> Path:
+    return derived_folder("fingerprints", f"{content_key(str(file.absolute()))}.json")
+
+
+def _keep(path: Path, value: dict[str, Any]) -> None:
+    """A cache that cannot be written costs time, nothing else."""
+    with suppress(OSError, StorageError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(path, value, indent=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,12 @@ import numpy as np
 from moe_medical.config.schema import DataSection, TaskOverride, TokenCache
 from moe_medical.console import progress_line
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.fingerprints import Fingerprint
 from moe_medical.data.mixture import MixPlan
-from moe_medical.data.recipe import Mixture, TaskSpec, check_text_only, load_mixture
-from moe_medical.data.rows import BadRecord, TextRows
+from moe_medical.data.recipe import Mixture, TaskSpec, load_mixture
+from moe_medical.data.rows import BATCH_ROWS, RejectedRecord, Rows, TextRows
 from moe_medical.data.sources import Split, load_split, splits_of
 from moe_medical.data.static_mixing import TaskSize, weight_schedule
-from moe_medical.data.store import Rows, damaged, published
+from moe_medical.data.store import Fingerprint, damaged, published
 from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows, fitting
 from moe_medical.errors import ConfigError, DataError, Problem
 
@@ -36,8 +35,8 @@ class TaskData:
     spec: TaskSpec
     train: TextRows
     evaluation: TextRows
-    bad: list[BadRecord]
-    """Records that could not be read; `set_aside` has those that do not fit as well."""
+    unusable: list[RejectedRecord]
+    """Records that could not be read; `rejected` has those that do not fit as well."""
     too_long: tuple[TextRows, ...]
     """Rows whose target does not fit, by split."""
     fingerprints: dict[str, dict[str, Fingerprint]]
@@ -51,18 +50,18 @@ class TaskData:
     def name(self) -> str:
         return self.spec.name
 
-    def set_aside(self) -> Iterator[BadRecord]:
+    def rejected(self) -> Iterator[RejectedRecord]:
         """Every record that is not trained on or evaluated, and why; never its text."""
-        yield from self.bad
+        yield from self.unusable
         for rows in self.too_long:
-            for first in range(0, len(rows), 1024):
-                yield from rows.records(range(first, min(first + 1024, len(rows))), TOO_LONG)
+            for first in range(0, len(rows), BATCH_ROWS):
+                yield from rows.records(range(first, min(first + BATCH_ROWS, len(rows))), TOO_LONG)
 
-    def set_aside_counts(self) -> dict[str, int]:
+    def rejected_counts(self) -> dict[str, int]:
         """Reason -> records."""
-        counts = Counter(record.reason for record in self.bad)
-        too_long = sum(map(len, self.too_long))
-        return {**counts, **({TOO_LONG: too_long} if too_long else {})}
+        counts = Counter(record.reason for record in self.unusable)
+        counts[TOO_LONG] = sum(map(len, self.too_long))
+        return {reason: count for reason, count in counts.items() if count}
 
 
 def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) -> list[TaskData]:
@@ -75,20 +74,48 @@ def load_tasks(section: DataSection, evaluation_split: str, chat: ChatFormat) ->
     """
     mixture = load_mixture(Path(section.recipe))
     _check_overrides(section, mixture.tasks)
-    check_text_only(mixture.tasks, Path(section.recipe))
-    most = section.max_bad_fraction
-    memo = TokenMemo()
+    _check_text_only(mixture.tasks, Path(section.recipe))
+    # Hygiene compares the rows of all tasks, those that `data.only` leaves out as well, so all are loaded.
     splits = [
-        {split: load_split(spec, split, most) for split in ("train", evaluation_split)}
+        {split: load_split(spec, split, section.max_bad_fraction) for split in ("train", evaluation_split)}
         for spec in mixture.tasks
     ]
-    dropped = _unhygienic(mixture, splits, most)
-    pairs = zip(mixture.tasks, splits, strict=True)
-    chosen = [(spec, of) for spec, of in pairs if not section.only or spec.name in section.only]
+    dropped = _dropped_rows(mixture, splits, section.max_bad_fraction)
+    memo = TokenMemo()
     return [
-        _task(spec, section, (of["train"], of[evaluation_split]), dropped[spec.name], chat, memo, i)
-        for i, (spec, of) in enumerate(chosen)
+        _task(spec, section, (loaded["train"], loaded[evaluation_split]), dropped[spec.name], chat, memo)
+        for spec, loaded in zip(mixture.tasks, splits, strict=True)
+        if not section.only or spec.name in section.only
     ]
+
+
+def cache_tokens(
+    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache, ranks: int
+) -> list[TaskData]:
+    """The tasks, those whose tokens are worth it with them on disk; shows the progress of making them.
+
+    Args:
+        tasks: Of the run.
+        samples_per_task: That the run takes of each.
+        policy: `auto` keeps a task's tokens where the run would make more of them as it goes.
+        ranks: Of the run; each needs the lengths of the whole step, so makes the tokens of all its samples.
+
+    Raises:
+        StorageError: the cache cannot be written, or is damaged.
+    """
+    chosen = [
+        policy == "always" or (policy == "auto" and samples * ranks >= len(task.train))
+        for task, samples in zip(tasks, samples_per_task, strict=True)
+    ]
+    pairs = list(zip(tasks, chosen, strict=True))
+    missing = sum(len(task.train) for task, cached in pairs if cached and not task.tokens.is_cached)
+    # Lines of information are the main rank's, and so is the progress.
+    visible = missing > 0 and _LOG.isEnabledFor(logging.INFO)
+    with progress_line("tokenising", missing, visible) as progress:
+        return [
+            replace(task, tokens=task.tokens.cached(progress.advance)) if cached else task
+            for task, cached in pairs
+        ]
 
 
 def build_plan(tasks: Sequence[TaskData], section: DataSection, seed: int, num_samples: int) -> MixPlan:
@@ -117,41 +144,6 @@ def mix_sizes(tasks: Sequence[TaskData], section: DataSection) -> list[TaskSize]
     ]
 
 
-def keep_tokens(
-    tasks: Sequence[TaskData], samples_per_task: Sequence[int], policy: TokenCache, ranks: int
-) -> list[TaskData]:
-    """The tasks, those whose tokens are worth it with them on disk; shows the progress of making them.
-
-    Args:
-        tasks: Of the run.
-        samples_per_task: That the run takes of each.
-        policy: `auto` keeps a task's tokens where the run would make more of them as it goes.
-        ranks: Of the run; each needs the lengths of the whole step, so makes the tokens of all its samples.
-
-    Raises:
-        StorageError: the cache cannot be written, or is damaged.
-    """
-    wanted = [
-        policy == "always" or (policy == "auto" and samples * ranks >= len(task.train))
-        for task, samples in zip(tasks, samples_per_task, strict=True)
-    ]
-    missing = sum(
-        len(t.train) for t, keep in zip(tasks, wanted, strict=True) if keep and not t.tokens.is_kept
-    )
-    if not missing:
-        return [cache_tokens(t) if keep else t for t, keep in zip(tasks, wanted, strict=True)]
-    # Lines of information are the main rank's, and so is the progress.
-    with progress_line("tokenising", missing, _LOG.isEnabledFor(logging.INFO)) as progress:
-        return [
-            cache_tokens(t, progress.advance) if keep else t for t, keep in zip(tasks, wanted, strict=True)
-        ]
-
-
-def cache_tokens(task: TaskData, advance: Callable[[int], None] = lambda rows: None) -> TaskData:
-    """The task with its tokens on disk; see `TokenRows.kept`."""
-    return replace(task, tokens=task.tokens.kept(advance))
-
-
 def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
     known = {s.name for s in specs}
     fix = f"Tasks there: {', '.join(sorted(known))}."
@@ -168,8 +160,16 @@ def _check_overrides(section: DataSection, specs: Sequence[TaskSpec]) -> None:
         raise ConfigError("the run file", problems)
 
 
-def _unhygienic(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most: float) -> dict[str, Rows]:
-    """Task -> training rows that the mixture's `hygiene` leaves out; kept on disk."""
+def _check_text_only(specs: Sequence[TaskSpec], recipe: Path) -> None:
+    names = [spec.name for spec in specs if spec.image is not None]
+    if names:
+        rule = f"must hold tasks of text only, as no vision tower reads the images of {', '.join(names)}"
+        fix = "Leave these tasks out; `moe-medical data check` reads them."
+        raise ConfigError(str(recipe), [Problem(f"{recipe}: tasks", rule, fix=fix)])
+
+
+def _dropped_rows(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most: float) -> dict[str, Rows]:
+    """Task -> training rows that the mixture's `hygiene` leaves out; cached."""
     from moe_medical.data.hygiene import hygiene_key, needs_comparison, rows_to_drop  # it takes a second
 
     specs = mixture.tasks
@@ -178,6 +178,7 @@ def _unhygienic(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most: f
         return {spec.name: np.zeros(0, dtype=np.int64) for spec in specs}
     rows = {}
     for spec, known in zip(specs, splits, strict=True):
+        # A training row leaks into whichever split it is in, not only into the one that this run evaluates.
         names = splits_of(spec) if settings.overlap == "drop" else ["train"]
         rows[spec.name] = {n: (known.get(n) or load_split(spec, n, most)).examples for n in names}
     contents = {task: {split: of.key for split, of in parts.items()} for task, parts in rows.items()}
@@ -200,7 +201,6 @@ def _task(
     dropped: Rows,
     chat: ChatFormat,
     memo: TokenMemo,
-    number: int,
 ) -> TaskData:
     train, too_long = _select(splits[0].examples, chat, dropped)
     evaluation, too_long_evaluation = _select(splits[1].examples, chat)
@@ -210,14 +210,14 @@ def _task(
         spec=spec,
         train=train,
         evaluation=evaluation,
-        bad=[*splits[0].bad, *splits[1].bad],
+        unusable=[*splits[0].rejected, *splits[1].rejected],
         too_long=(too_long, too_long_evaluation),
         fingerprints={"train": splits[0].fingerprints, "evaluation": splits[1].fingerprints},
-        tokens=FreshTokens(train, chat, memo, number),
+        tokens=FreshTokens(train, chat, memo, spec.name),
         weight=spec.weight * override.weight,
-        max_repeats=next((c for c in caps if c is not None), None),
+        max_repeats=next((cap for cap in caps if cap is not None), None),
     )
-    _report_set_aside(task, section.max_length)
+    _report_rejected(task, section.max_length)
     return task
 
 
@@ -230,10 +230,10 @@ def _select(rows: TextRows, chat: ChatFormat, dropped: Rows | None = None) -> tu
     return rows if used.all() else rows.select(np.flatnonzero(used)), too_long
 
 
-def _report_set_aside(task: TaskData, max_length: int) -> None:
-    if counts := task.set_aside_counts():
+def _report_rejected(task: TaskData, max_length: int) -> None:
+    if counts := task.rejected_counts():
         reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
-        _LOG.info("%s: %d records set aside: %s", task.name, sum(counts.values()), reasons)
+        _LOG.info("%s: %d records rejected: %s", task.name, sum(counts.values()), reasons)
     if not task.train or not task.evaluation:
         raise DataError(
             f"{task.spec.path}: no row is left whose target fits data.max_length ({max_length}) "

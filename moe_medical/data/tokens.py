@@ -1,15 +1,14 @@
-"""Rows of a task as tokens: made when they are asked for, or kept on disk.
+"""Rows of a task as tokens: made when they are asked for, or read from the cache.
 
 Decisions: both forms give the same tokens and lengths, so a run does not depend on what the cache holds.
 Fresh tokens stay in a memo of bounded size, because a step asks for the lengths of its samples first and for
-the tokens then. Kept tokens are an Arrow file in the row order of the task, under the hash of rows, tokenizer
-and template, with the lengths beside it. Tokens can be turned into text again: `store.py` says who may
-read them.
+the tokens then. Cached tokens are an Arrow file in the row order of the task, under the hash of rows,
+tokenizer and template, with the lengths beside it. Tokens can be turned into text again: `store.py` says who
+may read them.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -25,20 +24,11 @@ import tokenizers
 from numpy.typing import NDArray
 
 from moe_medical.data.chat import ChatFormat, Encoded
-from moe_medical.data.rows import TextRows
-from moe_medical.data.store import (
-    BatchFile,
-    BatchWriter,
-    code_key,
-    content_key,
-    damaged,
-    derived_folder,
-    published,
-)
+from moe_medical.data.rows import BatchFile, BatchWriter, TextRows
+from moe_medical.data.store import code_key, content_key, damaged, derived_folder, published
 
-_CODE = (tokenizers.__version__, code_key("chat", "tokens", "store"))
+_CODE = (tokenizers.__version__, code_key("chat", "tokens", "rows", "store"))
 _ROWS_MEASURED = 1024
-_LOG = logging.getLogger(__name__)
 _SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -75,11 +65,11 @@ class TokenRows(ABC):
         return float(np.mean(self.lengths(picks.tolist())))
 
     @property
-    def is_kept(self) -> bool:
-        """Whether `kept` would return at once."""
+    def is_cached(self) -> bool:
+        """Whether `cached` would return at once."""
         return derived_folder("tokens", self._key).is_dir()
 
-    def kept(self, advance: Callable[[int], None] = lambda rows: None) -> TokenRows:
+    def cached(self, advance: Callable[[int], None] = lambda rows: None) -> TokenRows:
         """The same from disk, where they are made now unless they are there.
 
         Args:
@@ -89,7 +79,7 @@ class TokenRows(ABC):
             StorageError: the cache cannot be written, or is damaged.
         """
         folder = published("tokens", self._key, lambda draft: self._write(draft, advance))
-        return _KeptTokens(self._rows, self._chat, folder)
+        return _CachedTokens(self._rows, self._chat, folder)
 
     @cached_property
     def _key(self) -> str:
@@ -113,10 +103,10 @@ class TokenMemo:
 
     def __init__(self, max_tokens: int = 2**23) -> None:
         self._room = max_tokens
-        self._kept: OrderedDict[tuple[int, int], _Packed] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], _Packed] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, owner: int, rows: Sequence[int]) -> dict[int, _Packed]:
+    def get(self, owner: str, rows: Sequence[int]) -> dict[int, _Packed]:
         """Those of the rows that are there."""
         with self._lock:
             found = {row: kept for row in rows if (kept := self._kept.get((owner, row))) is not None}
@@ -124,7 +114,7 @@ class TokenMemo:
                 self._kept.move_to_end((owner, row))
         return found
 
-    def put(self, owner: int, made: dict[int, _Packed]) -> None:
+    def put(self, owner: str, made: dict[int, _Packed]) -> None:
         with self._lock:
             for row, packed in made.items():
                 before = self._kept.pop((owner, row), None)
@@ -150,10 +140,10 @@ class FreshTokens(TokenRows):
         rows: The task's.
         chat: The token format.
         memo: Shared by the tasks of a run.
-        owner: This task's number there.
+        owner: This task's name there.
     """
 
-    def __init__(self, rows: TextRows, chat: ChatFormat, memo: TokenMemo, owner: int) -> None:
+    def __init__(self, rows: TextRows, chat: ChatFormat, memo: TokenMemo, owner: str) -> None:
         super().__init__(rows, chat)
         self._memo = memo
         self._owner = owner
@@ -189,7 +179,7 @@ class _Columns(NamedTuple):
     num_truncated: Ids
 
 
-class _KeptTokens(TokenRows):
+class _CachedTokens(TokenRows):
     def __init__(self, rows: TextRows, chat: ChatFormat, folder: Path) -> None:
         super().__init__(rows, chat)
         self._table = BatchFile(folder, "tokens")

@@ -16,7 +16,7 @@ from moe_medical.base_model.shapes import linear_shapes
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.adapter_rules import refuse_unknown_task
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.tasks import build_plan, keep_tokens, load_tasks
+from moe_medical.data.tasks import build_plan, cache_tokens, load_tasks
 from moe_medical.errors import ConfigError, Problem
 
 
@@ -41,7 +41,7 @@ def preflight(config: RunConfig) -> None:
         kinds_of_tasks(adapters, [task.name for task in tasks])
     samples = config.training.steps * config.training.global_batch
     counts = build_plan(tasks, config.data, config.run.seed, samples).counts(samples)
-    keep_tokens(tasks, counts.tolist(), config.data.cache, config.parallel.ranks)
+    cache_tokens(tasks, counts.tolist(), config.data.cache, config.parallel.ranks)
 
 
 def check_context(config: RunConfig, base: BaseModel) -> None:

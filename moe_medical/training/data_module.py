@@ -11,12 +11,11 @@ from moe_medical.adapters.routing import BatchInputs, RoutingContext
 from moe_medical.base_model import BaseModel
 from moe_medical.config import RunConfig
 from moe_medical.config.schema import Batching
-from moe_medical.data.batches import BatchShape, TrainingBatches
+from moe_medical.data.batches import BatchShape, Loader, TrainingBatches
 from moe_medical.data.chat import ChatFormat
 from moe_medical.data.dynamic_mixing import LEAD_STEPS, effective_block
-from moe_medical.data.loader import Loader
 from moe_medical.data.static_mixing import row_limits, spread_caps
-from moe_medical.data.tasks import build_plan, keep_tokens, load_tasks, mix_sizes
+from moe_medical.data.tasks import build_plan, cache_tokens, load_tasks, mix_sizes
 from moe_medical.distributed.engine import Engine
 from moe_medical.distributed.topology import Topology
 from moe_medical.evaluation.loss import sequences_of
@@ -48,7 +47,7 @@ class DataModule:
         self.plan = build_plan(tasks, data, config.run.seed, training.steps * training.global_batch)
         samples = self.samples(training.steps)  # fails now, not after hours, if the caps cannot feed the run
         ranks = config.parallel.ranks
-        self.tasks = keep_tokens(tasks, samples.tolist(), data.cache, ranks)
+        self.tasks = cache_tokens(tasks, samples.tolist(), data.cache, ranks)
 
     def samples(self, steps: int) -> np.ndarray:
         """Samples of each task in the first `steps` steps, shape (tasks,)."""

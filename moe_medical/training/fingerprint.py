@@ -18,9 +18,9 @@ from typing import Any
 
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
-from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.sources import row_settings
+from moe_medical.data.store import CHUNK_BYTES, Fingerprint
 from moe_medical.data.tasks import TaskData
 from moe_medical.errors import DataError
 from moe_medical.files import sha256_file

@@ -15,7 +15,7 @@ import yaml
 
 from moe_medical.config import RunConfig
 from moe_medical.config.load import run_file_tree
-from moe_medical.data.sources import BadRecord
+from moe_medical.data.sources import RejectedRecord
 from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.files import claimed, write_file, write_json
 from moe_medical.tracking.privacy import redact
@@ -53,15 +53,15 @@ class RunFolder(RunPaths):
             self.config, yaml.safe_dump(redact(run_file_tree(config)), sort_keys=False, allow_unicode=True)
         )
 
-    def write_set_aside(self, records: Iterable[BadRecord]) -> None:
+    def write_rejected(self, records: Iterable[RejectedRecord]) -> None:
         """List the records that could not be used: place, reason and hash, never their text."""
         lines = [f"{record}\n" for record in records]
         if lines:
-            _LOG.warning("%d records could not be used: %s", len(lines), self.set_aside)
-            write_file(self.set_aside, "".join(lines))
+            _LOG.warning("%d records could not be used: %s", len(lines), self.rejected)
+            write_file(self.rejected, "".join(lines))
 
     @property
-    def set_aside(self) -> Path:
+    def rejected(self) -> Path:
         return self.root / "set_aside.txt"
 
     def read_evaluation(self, step: int) -> Evaluation | None:

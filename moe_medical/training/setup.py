@@ -15,7 +15,7 @@ from moe_medical.adapters.warm_start import start_from
 from moe_medical.base_model import BaseModel
 from moe_medical.config import MoloraConfig, RunConfig
 from moe_medical.config.deepspeed import read_deepspeed, zero_stage
-from moe_medical.data.loader import Loader
+from moe_medical.data.batches import Loader
 from moe_medical.distributed.engine import Engine, build_engine
 from moe_medical.distributed.expert_group import join_expert_group
 from moe_medical.distributed.expert_parallel import Chooser, connect_experts

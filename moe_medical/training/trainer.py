@@ -158,7 +158,7 @@ class Trainer:
             self.folder.forget_after(first or -1)  # a fresh start keeps nothing, not even step 0
             self._announce(first)
             self.folder.create(self.config)
-            self.folder.write_set_aside(record for task in self.tasks for record in task.set_aside())
+            self.folder.write_rejected(record for task in self.tasks for record in task.rejected())
             self.log.sinks += open_sinks(self.config, self.folder.root, first)
         self.topology.barrier()  # nobody reads an evaluation that is about to be forgotten
         for callback in self.callbacks:

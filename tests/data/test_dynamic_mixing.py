@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.mixing import weights_at
 
 from moe_medical.config.schema import DynamicMixSection, MixSection, SeesawSection
 from moe_medical.data.dynamic_mixing import (
@@ -333,7 +334,7 @@ def test_decisions_fall_at_blocks_and_take_effect_after_the_lead() -> None:
             block, weights = mixing.decide(step, watch(measured(step)))
             assert not mixing.due(step)
             assert block * BLOCK >= step * BATCH + LEAD_STEPS * BATCH
-            assert plan.weights_at(block) == pytest.approx(weights, abs=1e-8)
+            assert weights_at(plan, block) == pytest.approx(weights, abs=1e-8)
             decided.append((step, block))
     # Every 32 samples are 8 steps; the lead of 8 steps is 2 blocks; blocks from 304 on are beyond the end.
     assert decided == [(8 * i, 2 * i + 2) for i in range(1, 9)]
@@ -480,7 +481,7 @@ def test_all_ranks_use_the_numbers_they_agree_on() -> None:
     mixing = dynamic_mix(section, sizes, plan, BATCH, 800, agree=lambda weights: np.array([0.75, 0.25]))
     assert mixing is not None
     block, _ = mixing.decide(4, first(2))
-    assert plan.weights_at(block).tolist() == pytest.approx([0.75, 0.25])
+    assert weights_at(plan, block).tolist() == pytest.approx([0.75, 0.25])
 
 
 # --- simulated learners -----------------------------------------------------------------------------------
@@ -534,7 +535,7 @@ def trained(seed: int, mix: MixSection, interference: float, blocks: int = 100) 
     learners, given, shares = Learners(seed, interference), np.zeros(len(ROWS), dtype=np.int64), []
     watch = Watch(len(ROWS))
     for block in range(1, blocks + 1):
-        shares.append(plan.weights_at(block - 1))
+        shares.append(weights_at(plan, block - 1))
         now = plan.counts(block * mix.block)
         learners.train((now - given).astype(np.float64))
         given, step = now, block * mix.block // batch

@@ -22,7 +22,7 @@ from support.tiny import write_tiny_run
 from moe_medical.base_model import locate_base
 from moe_medical.config import load_config
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.fingerprints import CHUNK_BYTES, Fingerprint, Fingerprinter, fingerprint_file
+from moe_medical.data.store import CHUNK_BYTES, Fingerprint, Fingerprinter, fingerprint_file
 from moe_medical.data.tasks import build_plan, load_tasks
 from moe_medical.errors import DataError
 from moe_medical.training.fingerprint import RunFingerprint, run_fingerprint

@@ -145,7 +145,7 @@ def test_a_metric_that_does_not_suit_the_kind_is_told(tmp_path: Path) -> None:
         ("relation", {"text": "t"}, "missing column 'relations'"),
     ],
 )
-def test_a_row_that_does_not_suit_its_kind_is_set_aside(
+def test_a_row_that_does_not_suit_its_kind_is_rejected(
     tmp_path: Path, kind: str, row: dict, reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason) as caught:

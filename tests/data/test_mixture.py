@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.mixing import weights_at
 
 from moe_medical.data.mixture import Exhausted, MixPlan, SampleRef, permute
 from moe_medical.data.static_mixing import row_limits
@@ -208,7 +209,7 @@ def test_history_and_weights_of_a_block() -> None:
         (3, [0.25, 0.25, 0.25, 0.25, 0]),
     ]
     assert plan.last_change == 3
-    assert [plan.weights_at(b)[0] for b in (0, 2, 3, 9)] == [0.5, 0.5, 0.25, 0.25]
+    assert [weights_at(plan, b)[0] for b in (0, 2, 3, 9)] == [0.5, 0.5, 0.25, 0.25]
     assert [plan.block_of(g) for g in (0, 63, 64, 64 * 7)] == [0, 0, 1, 7]
 
 

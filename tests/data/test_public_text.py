@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_medical.data.recipe import SPLITS, FilesSource, TaskSpec, load_recipe, load_task
+from moe_medical.data.recipe import SPLITS, FilesSource, TaskSpec, load_mixture, load_task
 from moe_medical.data.sources import load_split
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_data")
 def test_every_task_is_in_a_mixture_or_is_said_not_to_be() -> None:
-    mixed = {spec.path for path in MIXTURES for spec in load_recipe(path)}
+    mixed = {spec.path for path in MIXTURES for spec in load_mixture(path).tasks}
     apart = {path.stem for path in TASKS if path.resolve() not in mixed}
     assert apart == {"medmcqa_hub", "llava_med_alignment", "llava_med_instruct"}
 
@@ -57,7 +57,7 @@ def test_task_recipe_is_valid_and_named_like_its_file(path: Path) -> None:
 @pytest.mark.usefixtures("without_data")
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda p: p.stem)
 def test_mixture_is_valid(path: Path) -> None:
-    assert load_recipe(path)
+    assert load_mixture(path).tasks
 
 
 @pytest.fixture(params=["text", "images"])
@@ -66,7 +66,7 @@ def public_tasks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.skip(f"no public task sets at {DATA}; set MOE_MEDICAL_DATA")
     monkeypatch.setenv("MOE_MEDICAL_DATA", str(DATA))
     mixture = {"text": "public_text", "images": "images"}[request.param]
-    return {spec.name: spec for spec in load_recipe(RECIPES / f"{mixture}.yaml")}
+    return {spec.name: spec for spec in load_mixture(RECIPES / f"{mixture}.yaml").tasks}
 
 
 def test_public_sets_load_without_a_bad_record(
@@ -76,7 +76,7 @@ def test_public_sets_load_without_a_bad_record(
     rows: dict[str, int] = {}
     for spec in public_tasks.values():
         splits = {name: load_split(spec, name, 0.0) for name in SPLITS}
-        assert all(not split.bad for split in splits.values())
+        assert all(not split.rejected for split in splits.values())
         assert all(
             (split.examples[0].image is not None) == (spec.image is not None) for split in splits.values()
         )

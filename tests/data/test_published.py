@@ -1,4 +1,4 @@
-"""Shipped recipes on small files in the published formats: exact samples, and what is set aside.
+"""Shipped recipes on small files in the published formats: exact samples, and what is rejected.
 
 The records are made up; only their form is that of the data sets.
 """
@@ -16,7 +16,7 @@ from support.tiny import write_tiny_model
 
 from moe_medical.config.schema import DataSection
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.recipe import load_mixture, load_recipe, load_task
+from moe_medical.data.recipe import load_mixture, load_task
 from moe_medical.data.rows import Example
 from moe_medical.data.sources import Split, load_split
 from moe_medical.data.tasks import load_tasks
@@ -65,8 +65,8 @@ def only(task: str, split: str) -> Example:
     return example
 
 
-def set_aside(task: str, split: str) -> list[tuple[int, str]]:
-    bad = load(task, split, 1.0).bad
+def rejected(task: str, split: str) -> list[tuple[int, str]]:
+    bad = load(task, split, 1.0).rejected
     assert all(SECRET not in str(record) for record in bad)
     return [(record.line, record.reason) for record in bad]
 
@@ -121,7 +121,7 @@ def cblue(dataset: str, number: int = 1, **other: Any) -> dict[str, Any]:
 
 def test_promptcblue_tasks_share_one_file(data: Path) -> None:
     lines(data / "dev.json", *(cblue(d, i) for i, d in enumerate(CBLUE)))
-    specs = load_recipe(RECIPES / "promptcblue.yaml")
+    specs = load_mixture(RECIPES / "promptcblue.yaml").tasks
     assert [spec.name for spec in specs] == [d.lower().replace("-", "_") for d in CBLUE]
     for (dataset, (prompt, target, choices)), spec in zip(CBLUE.items(), specs, strict=True):
         split = load_split(spec, "validation", 0.0)
@@ -129,7 +129,7 @@ def test_promptcblue_tasks_share_one_file(data: Path) -> None:
         shown = tuple(choices) if choices and spec.choices else ()
         assert (example.prompt, example.target, example.choices) == (prompt, target, shown)
         assert example.id == f"dev-{list(CBLUE).index(dataset)}"
-        assert split.bad == []
+        assert split.rejected == []
         assert score(spec.metric, [target], [target], "zh") == 1.0
         assert score(spec.metric, ["别的"], [target], "zh") < 0.1
 
@@ -145,7 +145,7 @@ def test_promptcblue_bad_records(data: Path) -> None:
     no_input = {k: v for k, v in cblue("MedDG", 4).items() if k != "input"}
     other = cblue("CHIP-STS", 5, target="")  # not of this task, so not one of its bad records
     lines(data / "dev.json", cblue("MedDG"), hidden, odd, no_input, other, '{"task_dataset": "MedDG"')
-    assert set_aside("promptcblue/meddg", "validation") == [
+    assert rejected("promptcblue/meddg", "validation") == [
         (2, "no answer"),
         (3, "column 'answer_choices' is neither a list of texts nor null"),
         (4, "missing column 'input'"),
@@ -167,15 +167,15 @@ def test_promptcblue_without_the_column_of_where(data: Path) -> None:
 
 
 def test_moelora_takes_eight_of_the_sixteen() -> None:
-    all_names = {spec.name for spec in load_recipe(RECIPES / "promptcblue.yaml")}
-    eight = [spec.name for spec in load_recipe(RECIPES / "moelora_eight.yaml")]
+    all_names = {spec.name for spec in load_mixture(RECIPES / "promptcblue.yaml").tasks}
+    eight = [spec.name for spec in load_mixture(RECIPES / "moelora_eight.yaml").tasks]
     assert len(eight) == 8
     assert set(eight) < all_names
 
 
 def test_ming_moe_is_sixteen_and_nine() -> None:
-    specs = load_recipe(RECIPES / "ming_moe.yaml")
-    exams = load_recipe(RECIPES / "ming_exams.yaml")
+    specs = load_mixture(RECIPES / "ming_moe.yaml").tasks
+    exams = load_mixture(RECIPES / "ming_exams.yaml").tasks
     assert len(specs) == 25
     assert [spec.name for spec in specs[16:]] == [spec.name for spec in exams]
 
@@ -205,7 +205,7 @@ def test_medqa(data: Path) -> None:
     assert first.prompt == EN + "A sprain?\nA. rest\nB. ice\nC. heat\nD. cast\nE. none"
     assert first.choices == ("rest", "ice", "heat", "cast", "none")
     assert (first.target, second.target) == ("B", "B")
-    assert set_aside("exams/medqa", "test") == [
+    assert rejected("exams/medqa", "test") == [
         (3, "the answer is not the letter of an option"),
         (4, "column 'options' is not an object of options A, B, ..."),
     ]
@@ -220,7 +220,7 @@ def test_medmcqa_counts_from_one(data: Path) -> None:
     split = load("exams/medmcqa", "validation", 1.0)
     assert [(e.id, e.target) for e in split.examples] == [("u-1", "A"), ("u-4", "D")]
     assert split.examples[0].prompt == EN + "Which?\nA. w\nB. x\nC. y\nD. z"
-    assert set_aside("exams/medmcqa", "validation") == [
+    assert rejected("exams/medmcqa", "validation") == [
         (3, "column 'cop' is not a number from 1 to 4"),
         (4, "no answer"),
     ]
@@ -238,7 +238,7 @@ def test_medmcqa_of_the_hub_counts_from_zero(tmp_path: Path) -> None:
     path.write_text(text.replace("openlifescienceai/medmcqa,", "set,"), encoding="utf-8")
     split = load_split(load_task(path), "train", 1.0)
     assert [e.target for e in split.examples] == ["A", "D"]
-    assert [b.reason for b in split.bad] == ["no answer"]
+    assert [b.reason for b in split.rejected] == ["no answer"]
 
 
 def cmb(**other: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def test_cmb_keeps_the_letters_of_its_options(data: Path) -> None:
         "哪些对？\nA. 甲\nC. 丙\nD. 丁"
     )
     assert (example.target, example.choices) == ("AD", ("甲", "丙", "丁"))
-    assert set_aside("exams/cmb", "train") == [
+    assert rejected("exams/cmb", "train") == [
         (2, "the answer is not the letter of an option"),
         (3, "no answer"),
         (4, "fewer than two options"),
@@ -280,7 +280,7 @@ def test_cmb_joins_the_answers_of_its_test_file(data: Path) -> None:
     whole(answers, {"id": 8, "answer": "C"}, {"id": 7, "answer": "ACD"})
     split = load("exams/cmb", "test", 1.0)
     assert [e.target for e in split.examples] == ["ACD", "C"]
-    assert [b.reason for b in split.bad] == ["no answer"]
+    assert [b.reason for b in split.rejected] == ["no answer"]
     assert str(answers) in split.fingerprints
     whole(answers, {"id": 8, "answer": "A"}, {"id": 7, "answer": "ACD"})
     assert [e.target for e in load("exams/cmb", "test", 1.0).examples] == ["ACD", "A"]
@@ -301,7 +301,7 @@ def test_cmexam(data: Path) -> None:
     assert first.prompt == ZH + "哪个？\nA. 甲\nB. 乙 乙的第二行\nC. 丙"
     assert (first.target, second.target) == ("B", "AB")
     assert second.choices == ("甲", "乙")
-    assert [reason for _, reason in set_aside("exams/cmexam", "train")] == [
+    assert [reason for _, reason in rejected("exams/cmexam", "train")] == [
         "no answer",
         "column 'Options' has a line before option A",
         "column 'Options' names a letter twice",
@@ -326,7 +326,7 @@ def test_mmlu_has_no_header(data: Path) -> None:
     assert len(split.examples) == 6
     assert split.examples[0].prompt == EN + "anatomy?\nA. 1\nB. 2\nC. 3\nD. 4"
     assert [e.target for e in split.examples] == ["C"] * 5 + ["A"]
-    assert [b.reason for b in split.bad] == ["the answer is not the letter of an option"]
+    assert [b.reason for b in split.rejected] == ["the answer is not the letter of an option"]
 
 
 def test_cmmlu_has_an_index_column(data: Path) -> None:
@@ -364,7 +364,7 @@ def test_ple_in_the_form_of_ming(data: Path) -> None:
     split = load("exams/ple_pharmacy", "test", 1.0)
     assert [e.target for e in split.examples] == ["AB", "A"]
     assert split.examples[0].prompt == question + "\n\n请用选项的字母直接回答，不要输出其他信息："
-    assert set_aside("exams/ple_pharmacy", "test") == [
+    assert rejected("exams/ple_pharmacy", "test") == [
         (3, "no answer"),
         (4, "the conversation is not human and gpt in turn"),
         (5, "no conversation"),
@@ -419,7 +419,7 @@ def test_an_image_has_to_be_there(data: Path) -> None:
     lacking = {k: v for k, v in rows[-1].items() if k != "image"}
     unanswered = llava("a.jpg", "Is it?", "yes", "And?", answer_type="CLOSED")
     whole(data / "3vqa/train_rad.json", *rows, lacking, unanswered)
-    assert set_aside("med_moe/med_moe_rad_closed", "train") == [
+    assert rejected("med_moe/med_moe_rad_closed", "train") == [
         (1, "the image is missing"),
         (2, "the image is missing"),
         (3, "the archive of the image cannot be read"),
@@ -432,7 +432,7 @@ def test_an_image_has_to_be_there(data: Path) -> None:
 
 
 def test_images_that_are_unpacked_later_are_found(data: Path) -> None:
-    """What was set aside for want of an image is not for ever, wherever the image turns up."""
+    """What was rejected for want of an image is not for ever, wherever the image turns up."""
     folder, elsewhere = data / "3vqa/images", data / "disk"
     names = ["a.jpg", "more.zip/x/b.jpg", "deep/down/c.jpg", "linked/d.jpg", "more.zip/e.jpg"]
     whole(data / "3vqa/train_rad.json", *(llava(n, "Is it?", "yes", answer_type="CLOSED") for n in names))

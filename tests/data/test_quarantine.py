@@ -1,4 +1,4 @@
-"""Promise P11: corrupt files of every kind are set aside by place, reason and digest, never with their text.
+"""Promise P11: corrupt files of every kind are rejected by place, reason and digest, never with their text.
 
 Every text field of every file holds the canary, and it is searched in all that is said: records, messages,
 logs, and a second process's output.
@@ -143,7 +143,7 @@ def _load(file: Path, most: float) -> Split:
 
 
 @pytest.mark.parametrize(("write", "suffix", "reason", "bad"), CASES, ids=[f"{c[1]}-{c[2]}" for c in CASES])
-def test_a_bad_record_is_set_aside_or_fatal(
+def test_a_bad_record_is_rejected_or_fatal(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     write: Callable[[Path, object], None],
@@ -156,10 +156,10 @@ def test_a_bad_record_is_set_aside_or_fatal(
     caplog.set_level(logging.DEBUG)
     split = _load(file, most=0.2)
     assert [e.prompt for e in split.examples] == [f"{CANARY} asks {i}" for i in range(GOOD)]
-    [record] = split.bad
+    [record] = split.rejected
     line = PLACE + (2 if suffix in ("csv", "tsv") else 1)
     assert re.fullmatch(rf"{re.escape(str(file))}:{line}:{re.escape(reason)}:[0-9a-f]{{12}}", str(record))
-    assert _load(file, most=0.2).bad == [record]  # from the store
+    assert _load(file, most=0.2).rejected == [record]  # from the store
     with pytest.raises(DataError) as caught:
         _load(file, most=0.1)
     told = "".join(traceback.format_exception(caught.value))
@@ -227,7 +227,7 @@ def test_a_last_line_that_is_cut_off(tmp_path: Path) -> None:
         header = [] if suffix == "jsonl" else ["id,q,a"]
         file.write_text("\n".join([*header, *lines])[:-5])
         split = _load(file, most=0.2)
-        assert [(b.line, b.reason) for b in split.bad] == [(GOOD + len(header), reason)]
+        assert [(b.line, b.reason) for b in split.rejected] == [(GOOD + len(header), reason)]
         assert len(split.examples) == GOOD - 1
 
 
@@ -243,7 +243,7 @@ logging.basicConfig(level=logging.DEBUG)
 recipe, model = sys.argv[1:]
 section = DataSection(recipe, max_bad_fraction=0.5)
 tasks = load_tasks(section, "validation", ChatFormat.from_folder(Path(model), None, 96))
-told = {t.name: [list(map(str, t.set_aside())), t.set_aside_counts(), len(t.train)] for t in tasks}
+told = {t.name: [list(map(str, t.rejected())), t.rejected_counts(), len(t.train)] for t in tasks}
 print(json.dumps(told))
 """
 
@@ -268,24 +268,23 @@ def test_counted_per_task_and_the_same_in_a_second_process(
     chat = ChatFormat.from_folder(model, None, 96)
     with caplog.at_level(logging.DEBUG):
         tasks = load_tasks(DataSection(str(recipe), max_bad_fraction=0.5), "validation", chat)
-    assert [t.set_aside_counts() for t in tasks] == [
+    assert [t.rejected_counts() for t in tasks] == [
         {"invalid JSON": 2},
         {"empty target": 1, "duplicate id": 1, "invalid JSON": 1, TOO_LONG: 2},
     ]
-    here = [list(map(str, t.set_aside())) for t in tasks]
+    here = [list(map(str, t.rejected())) for t in tasks]
     assert [(line.split(":")[1:3]) for line in here[1] if TOO_LONG in line] == [
         ["2", TOO_LONG],
         ["5", TOO_LONG],
     ]
     assert all(re.fullmatch(r".+:\d+:[^:]+:[0-9a-f]{12}", line) for line in [*here[0], *here[1]])
-    assert (
-        f"u: 5 records set aside: 1 x empty target, 1 x duplicate id, 1 x invalid JSON, 2 x {TOO_LONG}"
-        in (caplog.text)
+    assert f"u: 5 records rejected: 1 x empty target, 1 x duplicate id, 1 x invalid JSON, 2 x {TOO_LONG}" in (
+        caplog.text
     )
     command = [sys.executable, "-c", _CHILD, str(recipe), str(model)]
     for cache in (tmp_path / "cache", tmp_path / "other"):  # from the store, and built again
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MOE_MEDICAL_CACHE": str(cache)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        expected = [[lines, t.set_aside_counts(), len(t.train)] for lines, t in zip(here, tasks, strict=True)]
+        expected = [[lines, t.rejected_counts(), len(t.train)] for lines, t in zip(here, tasks, strict=True)]
         assert list(json.loads(done.stdout).values()) == expected
         assert "Zyxwv" not in done.stdout + done.stderr + caplog.text

@@ -13,7 +13,6 @@ from moe_medical.data.recipe import (
     HubSource,
     HygieneSettings,
     load_mixture,
-    load_recipe,
     load_task,
     parse_template,
 )
@@ -101,7 +100,7 @@ def test_a_mixture_says_what_becomes_of_repeated_rows(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", TASK.format(name="a"))
     plain = load_mixture(write(tmp_path / "m.yaml", "name: m\ntasks: [a]\n"))
     assert (plain.name, plain.hygiene) == ("m", HygieneSettings("keep", "keep", "keep", 0.8))
-    assert plain.tasks == load_recipe(tmp_path / "m.yaml")
+    assert plain.tasks == load_mixture(tmp_path / "m.yaml").tasks
     text = "name: m\ntasks: [a]\nhygiene: {duplicates: drop, overlap: drop, threshold: 0.7}\n"
     strict = load_mixture(write(tmp_path / "m.yaml", text))
     assert strict.hygiene == HygieneSettings("drop", "keep", "drop", 0.7)
@@ -120,7 +119,7 @@ def test_mixture_takes_names_paths_and_globs_once_each(tmp_path: Path) -> None:
     for name in ("a", "b1", "b2"):
         write(tmp_path / f"tasks/{name}.yaml", TASK.format(name=name))
     mixture = "name: m\ntasks: [tasks/b2, 'tasks/b*.yaml', tasks/a.yaml]\n"
-    specs = load_recipe(write(tmp_path / "m.yaml", mixture))
+    specs = load_mixture(write(tmp_path / "m.yaml", mixture)).tasks
     assert [s.name for s in specs] == ["b2", "b1", "a"]
 
 
@@ -142,7 +141,7 @@ def test_every_mistake_of_every_file_at_once(tmp_path: Path) -> None:
     write(tmp_path / "worse.yaml", "name: [")
     mixture = "name: m\ntasks: [bad, good, worse, goood, 'none/*.yaml']\n"
     with pytest.raises(ConfigError) as caught:
-        load_recipe(write(tmp_path / "m.yaml", mixture))
+        load_mixture(write(tmp_path / "m.yaml", mixture))
     found = problems(caught.value)
     assert set(found) == {
         "m.yaml: tasks[3]",
@@ -166,13 +165,13 @@ def test_missing_environment_variable_is_told_once(tmp_path: Path, monkeypatch: 
         write(tmp_path / f"{name}.yaml", text)
     path = write(tmp_path / "m.yaml", "name: m\ntasks: [a, b]\n")
     with pytest.raises(ConfigError) as caught:
-        load_recipe(path)
+        load_mixture(path)
     [problem] = caught.value.problems
     assert problem.path.endswith("a.yaml: source.files.train")
     assert "H2_FOLDER" in problem.rule
     assert "export H2_FOLDER=" in problem.fix
     monkeypatch.setenv("H2_FOLDER", "/data")
-    source = load_recipe(path)[0].source
+    source = load_mixture(path).tasks[0].source
     assert isinstance(source, FilesSource)
     assert source.patterns["train"] == ("/data/train.jsonl",)
 
@@ -181,18 +180,18 @@ def test_two_tasks_of_one_name(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", TASK.format(name="same"))
     write(tmp_path / "b.yaml", TASK.format(name="same"))
     with pytest.raises(ConfigError, match="must be unique"):
-        load_recipe(write(tmp_path / "m.yaml", "name: m\ntasks: ['[ab].yaml']\n"))
+        load_mixture(write(tmp_path / "m.yaml", "name: m\ntasks: ['[ab].yaml']\n"))
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "name: m\n", "name: m\ntasks: []\n"])
 def test_a_mixture_without_tasks(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"m\.yaml"):
-        load_recipe(write(tmp_path / "m.yaml", text))
+        load_mixture(write(tmp_path / "m.yaml", text))
 
 
 def test_a_mixture_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a readable file"):
-        load_recipe(tmp_path / "none.yaml")
+        load_mixture(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("source", ["{}", "{builder: a/b, hub: {name: c}}", "{builder: ab}", "{hub: {}}"])

@@ -105,15 +105,14 @@ def test_duplicate_ids_are_found_across_batches_and_files(tmp_path: Path) -> Non
     second = _write(tmp_path / "b.jsonl", _row(ROWS), _row(7), _row(ROWS), _row(BATCH_ROWS))
     split = _load(tmp_path, first, second, most=0.9)
     assert [e.id for e in split.examples] == [f"r{i}" for i in range(ROWS + 1)]
-    assert [(Path(b.file).name, b.line, b.reason) for b in split.bad] == [
+    assert [(Path(b.file).name, b.line, b.reason) for b in split.rejected] == [
         ("b.jsonl", line, "duplicate id") for line in (2, 3, 4)
     ]
 
 
 def test_rows_of_one_hash_but_different_ids_are_no_duplicates(tmp_path: Path) -> None:
     """The writer is given hashes that collide."""
-    from moe_medical.data.rows import _repeats
-    from moe_medical.data.store import BatchFile
+    from moe_medical.data.rows import BatchFile, _repeats
 
     split = _load(tmp_path, _write(tmp_path / "x.jsonl", *(_row(i) for i in range(5))))
     folder = next((tmp_path / "cache" / "rows").glob("[0-9a-f]*"))
@@ -128,7 +127,7 @@ def test_the_second_reading_opens_the_store_without_the_source(tmp_path: Path, c
     again = _load(tmp_path, most=0.5)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(before) == 1
-    assert (list(again.examples), again.bad) == (list(first.examples), first.bad)
+    assert (list(again.examples), again.rejected) == (list(first.examples), first.rejected)
     assert again.fingerprints == first.fingerprints
     assert again.examples.key == first.examples.key
     with pytest.raises(DataError, match="1 of 3 records"):
@@ -137,7 +136,7 @@ def test_the_second_reading_opens_the_store_without_the_source(tmp_path: Path, c
     file.rename(moved)
     elsewhere = _load(tmp_path, moved, most=0.5)
     assert elsewhere.examples.key == first.examples.key
-    assert [bad.file for bad in elsewhere.bad] == [str(moved)]
+    assert [bad.file for bad in elsewhere.rejected] == [str(moved)]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,8 @@ def test_one_builds_while_the_other_waits(cache: Path, caplog: pytest.LogCapture
         built.append(folder)
         assert waits.wait(60)
 
-    logger, listener = logging.getLogger("moe_medical.data.store"), Listener()
+    logger = logging.getLogger("moe_medical.files")
+    listener = Listener()
     logger.addHandler(listener)
     found: list[Path] = []
     with caplog.at_level(logging.INFO):

@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path, suffix: str) -> No
         ("t", "1", "Q: Fever?", "yes", ("yes", "no")),
         ("t", "2", "Q: 发热", "no", ("yes", "no")),
     ]
-    assert split.bad == []
+    assert split.rejected == []
     [(name, fingerprint)] = split.fingerprints.items()
     assert (name, fingerprint.sha256) == (str(file), hashlib.sha256(file.read_bytes()).hexdigest())
 
@@ -104,11 +104,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_record_is_set_aside_without_its_text(tmp_path: Path, reason: str) -> None:
+def test_bad_record_is_rejected_without_its_text(tmp_path: Path, reason: str) -> None:
     file = jsonl(tmp_path / "x.jsonl", GOOD, BAD[reason], ROWS[1])
     split = load(file, max_bad_fraction=0.5)
     assert [e.id for e in split.examples] == ["1", "2"]
-    [bad] = split.bad
+    [bad] = split.rejected
     digest = hashlib.sha256(file.read_bytes().splitlines()[1]).hexdigest()[:12]
     assert (bad.file, bad.line, bad.reason, bad.digest) == (str(file), 2, reason, digest)
     assert str(bad) == f"{file}:2:{reason}:{digest}"
@@ -130,7 +130,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path: Path, reason: str) -> None:
 
 def test_deeply_nested_json_is_a_bad_record(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "x.jsonl", GOOD, b"[" * 100_000, ROWS[1])
-    assert [b.reason for b in load(file, max_bad_fraction=0.5).bad] == ["invalid JSON"]
+    assert [b.reason for b in load(file, max_bad_fraction=0.5).rejected] == ["invalid JSON"]
 
 
 def test_ids_are_unique_over_all_files_of_a_split(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_ids_are_unique_over_all_files_of_a_split(tmp_path: Path) -> None:
     spec = task(tmp_path, FilesSource({"train": (str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"))}))
     split = load_split(spec, "train", 1.0)
     assert [e.id for e in split.examples] == ["1", "2"]
-    assert [(Path(b.file).name, b.reason) for b in split.bad] == [("b.jsonl", "duplicate id")] * 2
+    assert [(Path(b.file).name, b.reason) for b in split.rejected] == [("b.jsonl", "duplicate id")] * 2
     assert [Path(f).name for f in split.fingerprints] == ["a.jsonl", "b.jsonl"]
 
 
@@ -181,7 +181,7 @@ def test_bad_rows_of_a_table(tmp_path: Path, name: str) -> None:
     file.write_bytes(data)
     split = load(file, max_bad_fraction=0.5, choices=None)
     assert [e.id for e in split.examples] == ["2"]
-    assert [(b.line, b.reason) for b in split.bad] == [(2, reason)]
+    assert [(b.line, b.reason) for b in split.rejected] == [(2, reason)]
 
 
 UNREADABLE = {

@@ -136,7 +136,7 @@ def _append(recipe: Path, split: str, target: str, count: int = 1) -> None:
             file.write(json.dumps({"id": f"long-{i}-{len(target)}", "input": "w1", "output": target}) + "\n")
 
 
-def test_rows_whose_target_does_not_fit_are_set_aside(
+def test_rows_whose_target_does_not_fit_are_rejected(
     recipe: Path, chat: ChatFormat, caplog: pytest.LogCaptureFixture
 ) -> None:
     _append(recipe, "train", "yes " * 100)
@@ -144,12 +144,12 @@ def test_rows_whose_target_does_not_fit_are_set_aside(
     with caplog.at_level(logging.INFO):
         task = _load(recipe, chat)[1]
     assert (len(task.train), len(task.evaluation)) == (20, 8)
-    assert task.set_aside_counts() == {TOO_LONG: 3}
-    assert [(Path(b.file).name, b.line, b.reason) for b in task.set_aside()] == [
+    assert task.rejected_counts() == {TOO_LONG: 3}
+    assert [(Path(b.file).name, b.line, b.reason) for b in task.rejected()] == [
         ("even.train.jsonl", 21, TOO_LONG),
         *(("even.validation.jsonl", line, TOO_LONG) for line in (9, 10)),
     ]
-    assert f"even: 3 records set aside: 3 x {TOO_LONG}" in caplog.text
+    assert f"even: 3 records rejected: 3 x {TOO_LONG}" in caplog.text
     assert "yes yes" not in caplog.text
 
 
@@ -199,7 +199,7 @@ def test_what_the_mixtures_hygiene_drops_is_not_trained_on(
     assert "copy" in ids
     assert rows[4]["id"] not in ids
     assert ids == [e.id for e in again[1].train]
-    assert cleaned[1].set_aside_counts() == {TOO_LONG: 1}
-    assert caplog.text.count("even: ") == 3  # what is set aside is told twice, the comparison is made once
+    assert cleaned[1].rejected_counts() == {TOO_LONG: 1}
+    assert caplog.text.count("even: ") == 3  # what is rejected is logged twice, the comparison is made once
     tokens = cleaned[1].tokens
     assert tokens.encoded([0]) == [chat.encode(train[0].prompt, train[0].target)]

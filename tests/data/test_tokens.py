@@ -1,4 +1,4 @@
-"""Tokens of rows: many at once as one by one, the same from disk as fresh, and which are kept."""
+"""Tokens of rows: many at once as one by one, the same from disk as fresh, and which are cached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from support.tiny import write_tiny_model, write_tiny_tasks
 
 from moe_medical.config.schema import DataSection, TokenCache
 from moe_medical.data.chat import ChatFormat, TargetTooLong
-from moe_medical.data.tasks import TaskData, cache_tokens, keep_tokens, load_tasks
+from moe_medical.data.tasks import TaskData, cache_tokens, load_tasks
 from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows
 from moe_medical.errors import StorageError
 
@@ -110,42 +109,42 @@ def test_the_fingerprint_follows_template_length_and_tokenizer(model: Path, tmp_
     assert ChatFormat.from_folder(tmp_path / "model", None, 48).fingerprint != found[0]
 
 
-# Fresh and kept
+# Fresh and cached
 
 
 def _all(tokens: TokenRows) -> list:
     return tokens.encoded(range(len(tokens)))
 
 
-def test_kept_tokens_are_the_fresh_ones(tasks: list[TaskData], chat: ChatFormat) -> None:
+def test_cached_tokens_are_the_fresh_ones(tasks: list[TaskData], chat: ChatFormat) -> None:
     for task in tasks:
-        kept = cache_tokens(task).tokens
-        assert _all(kept) == _all(task.tokens) == [chat.encode(e.prompt, e.target) for e in task.train]
+        cached = task.tokens.cached()
+        assert _all(cached) == _all(task.tokens) == [chat.encode(e.prompt, e.target) for e in task.train]
         picks = [5, 0, 19, 5]
-        assert kept.encoded(picks) == task.tokens.encoded(picks) == [_all(kept)[i] for i in picks]
-        lengths = [len(e.input_ids) for e in _all(kept)]
-        assert kept.lengths(picks) == task.tokens.lengths(picks) == [lengths[i] for i in picks]
-        assert kept.mean_length == task.tokens.mean_length == np.mean(lengths)
-        assert len(kept) == len(task.tokens) == len(task.train)
+        assert cached.encoded(picks) == task.tokens.encoded(picks) == [_all(cached)[i] for i in picks]
+        lengths = [len(e.input_ids) for e in _all(cached)]
+        assert cached.lengths(picks) == task.tokens.lengths(picks) == [lengths[i] for i in picks]
+        assert cached.mean_length == task.tokens.mean_length == np.mean(lengths)
+        assert len(cached) == len(task.tokens) == len(task.train)
 
 
 def test_a_view_of_rows_has_its_own_tokens(tasks: list[TaskData], chat: ChatFormat) -> None:
-    whole = cache_tokens(tasks[0]).tokens
+    whole = tasks[0].tokens.cached()
     rows = tasks[0].train.select(np.array([7, 3]))
-    part = FreshTokens(rows, chat, TokenMemo(), 0).kept()
+    part = FreshTokens(rows, chat, TokenMemo(), "a").cached()
     assert _all(part) == whole.encoded([7, 3])
 
 
-def test_kept_tokens_are_made_once(tasks: list[TaskData], cache: Path) -> None:
+def test_cached_tokens_are_made_once(tasks: list[TaskData], cache: Path) -> None:
     made: list[int] = []
-    cache_tokens(tasks[0], made.append)
-    cache_tokens(tasks[0], made.append)
+    tasks[0].tokens.cached(made.append)
+    tasks[0].tokens.cached(made.append)
     assert made == [80]
     [folder] = (cache / "tokens").iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (folder / "lengths.npy").unlink()
     with pytest.raises(StorageError, match=f"{folder} is damaged"):
-        cache_tokens(tasks[0])
+        tasks[0].tokens.cached()
 
 
 class _Counting(ChatFormat):
@@ -159,8 +158,8 @@ class _Counting(ChatFormat):
 
 
 def test_lengths_then_tokens_tokenise_once(tasks: list[TaskData], model: Path) -> None:
-    counting = cast(_Counting, _Counting.from_folder(model, None, LENGTH))
-    fresh = FreshTokens(tasks[0].train, counting, TokenMemo(), 0)
+    counting = _Counting.from_folder(model, None, LENGTH)
+    fresh = FreshTokens(tasks[0].train, counting, TokenMemo(), "a")
     fresh.lengths(range(40))
     fresh.encoded([3, 1, 39, 1])
     assert counting.samples == 40
@@ -169,11 +168,11 @@ def test_lengths_then_tokens_tokenise_once(tasks: list[TaskData], model: Path) -
 
 
 def test_the_memo_forgets_the_oldest_and_no_more(tasks: list[TaskData], model: Path) -> None:
-    counting = cast(_Counting, _Counting.from_folder(model, None, LENGTH))
+    counting = _Counting.from_folder(model, None, LENGTH)
     lengths = tasks[0].tokens.lengths(range(80))
     memo = TokenMemo(max_tokens=sum(lengths[:10]))
-    fresh = FreshTokens(tasks[0].train, counting, memo, 0)
-    other = FreshTokens(tasks[1].train, counting, memo, 1)
+    fresh = FreshTokens(tasks[0].train, counting, memo, "a")
+    other = FreshTokens(tasks[1].train, counting, memo, "b")
     fresh.lengths(range(10))
     fresh.lengths([0])  # now the latest
     other.lengths([0])
@@ -185,11 +184,11 @@ def test_the_memo_forgets_the_oldest_and_no_more(tasks: list[TaskData], model: P
     assert fresh.encoded(range(80)) == tasks[0].tokens.encoded(range(80))  # more than there is room for
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_threads_get_what_one_thread_gets(tasks: list[TaskData], chat: ChatFormat, kept: bool) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_threads_get_what_one_thread_gets(tasks: list[TaskData], chat: ChatFormat, cached: bool) -> None:
     expected = _all(tasks[0].tokens)
-    tokens: TokenRows = FreshTokens(tasks[0].train, chat, TokenMemo(max_tokens=400), 0)
-    tokens = tokens.kept() if kept else tokens
+    tokens: TokenRows = FreshTokens(tasks[0].train, chat, TokenMemo(max_tokens=400), "a")
+    tokens = tokens.cached() if cached else tokens
     wrong: list[int] = []
 
     def ask(seed: int) -> None:
@@ -209,11 +208,11 @@ def test_threads_get_what_one_thread_gets(tasks: list[TaskData], chat: ChatForma
     assert wrong == []
 
 
-# Which are kept
+# Which are cached
 
 
 @pytest.mark.parametrize(
-    ("policy", "samples", "ranks", "kept"),
+    ("policy", "samples", "ranks", "cached"),
     [
         ("never", [1000, 1000], 1, [False, False]),
         ("always", [0, 0], 1, [True, True]),
@@ -223,20 +222,20 @@ def test_threads_get_what_one_thread_gets(tasks: list[TaskData], chat: ChatForma
     ],
 )
 def test_the_policy(
-    tasks: list[TaskData], cache: Path, policy: TokenCache, samples: list[int], ranks: int, kept: list[bool]
+    tasks: list[TaskData], cache: Path, policy: TokenCache, samples: list[int], ranks: int, cached: list[bool]
 ) -> None:
-    found = keep_tokens(tasks, samples, policy, ranks)
-    assert [not isinstance(task.tokens, FreshTokens) for task in found] == kept
+    found = cache_tokens(tasks, samples, policy, ranks)
+    assert [not isinstance(task.tokens, FreshTokens) for task in found] == cached
     assert [replace(task, tokens=old.tokens) for task, old in zip(found, tasks, strict=True)] == tasks
-    assert len(list((cache / "tokens").glob("*"))) == sum(kept)
+    assert len(list((cache / "tokens").glob("*"))) == sum(cached)
 
 
 def test_progress_is_told_of_what_is_made(tasks: list[TaskData], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        keep_tokens(tasks, [80, 0], "auto", ranks=1)
-        keep_tokens(tasks, [80, 20], "auto", ranks=1)
+        cache_tokens(tasks, [80, 0], "auto", ranks=1)
+        cache_tokens(tasks, [80, 20], "auto", ranks=1)
         told = [
             record.getMessage().strip() for record in caplog.records if "tokenising" in record.getMessage()
         ]
-        keep_tokens(tasks, [80, 20], "auto", ranks=1)
+        cache_tokens(tasks, [80, 20], "auto", ranks=1)
     assert told == ["tokenising 80/80", "tokenising 20/20"]

@@ -20,7 +20,7 @@ from moe_medical.base_model.load import load_base
 from moe_medical.config import load_config
 from moe_medical.data.batches import IGNORE, Batch, collate
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.recipe import load_recipe
+from moe_medical.data.recipe import load_mixture
 from moe_medical.data.tasks import load_tasks
 from moe_medical.errors import ConfigError, DataError
 from moe_medical.training.router_fit import fit_router
@@ -169,7 +169,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_labels_come_from_tags_in_the_order_asked_for_or_from_a_field(tmp_path: Path) -> None:
-    specs = load_recipe(write_tags(tmp_path, last_word=["b", "x"], even=["a"]))
+    specs = load_mixture(write_tags(tmp_path, last_word=["b", "x"], even=["a"])).tasks
     assert label_tasks("a,b", specs) == ({"last_word": "b", "even": "a"}, ["a", "b"])
     assert label_tasks("kind", specs)[1] == ["generation", "yes_no"]
     with pytest.raises(ConfigError, match=r"last_word.yaml: tags must have exactly one of the tags x, b, a"):

@@ -127,7 +127,7 @@ class _Measure:
             splits=reports,
             labels=_labels(spec, splits["train"].examples) if "train" in splits else None,
             dropped=dropped,
-            bad_places=[str(record) for part in splits.values() for record in part.bad[:_SHOWN_PLACES]],
+            bad_places=[str(record) for part in splits.values() for record in part.rejected[:_SHOWN_PLACES]],
             places=places,
         )
 
@@ -138,7 +138,7 @@ class _Measure:
         places.extend(_places(part, repeats, leaking))
         return SplitReport(
             rows=len(part.examples),
-            bad=len(part.bad),
+            bad=len(part.rejected),
             lengths=Lengths.of(list(self._lengths(part.examples)), self.limit),
             repeats=Repeats(
                 *(int(mask.sum()) for mask in (repeats.exact, repeats.conflicting, repeats.near))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_medical.config import RunConfig
-from moe_medical.data.loader import Loader
+from moe_medical.data.batches import Loader
 from moe_medical.distributed.topology import Topology, peak_memory_gib
 from moe_medical.tracking.meters import SpeedMeter
 from moe_medical.training.callback import Callback, is_due
