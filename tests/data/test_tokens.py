@@ -8,6 +8,7 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ class _Counting(ChatFormat):
 
 
 def test_lengths_then_tokens_tokenise_once(tasks: list[TaskData], model: Path) -> None:
-    counting = _Counting.from_folder(model, None, LENGTH)
+    counting = cast(_Counting, _Counting.from_folder(model, None, LENGTH))
     fresh = FreshTokens(tasks[0].train, counting, TokenMemo(), "a")
     fresh.lengths(range(40))
     fresh.encoded([3, 1, 39, 1])
@@ -168,7 +169,7 @@ def test_lengths_then_tokens_tokenise_once(tasks: list[TaskData], model: Path) -
 
 
 def test_the_memo_forgets_the_oldest_and_no_more(tasks: list[TaskData], model: Path) -> None:
-    counting = _Counting.from_folder(model, None, LENGTH)
+    counting = cast(_Counting, _Counting.from_folder(model, None, LENGTH))
     lengths = tasks[0].tokens.lengths(range(80))
     memo = TokenMemo(max_tokens=sum(lengths[:10]))
     fresh = FreshTokens(tasks[0].train, counting, memo, "a")
