@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_medical.evaluation.evaluate import Evaluation
 from moe_medical.files import claimed, write_file, write_json
 from moe_medical.tracking.privacy import redact
 from moe_medical.tracking.run_paths import RunPaths
+from moe_medical.tracking.sinks import read_metrics
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,6 +98,24 @@ class RunFolder(RunPaths):
     def _write_decisions(self, decisions: Iterable[Mapping[str, Any]]) -> None:
         lines = [json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions]
         write_file(self.decisions, "".join(lines))
+
+    def last_logged_step(self) -> int:
+        """Of an earlier part of the run; 0 where nothing was logged."""
+        rows = read_metrics(self.metrics) if self.metrics.is_file() else []
+        return max((int(row["step"]) for row in rows), default=0)
+
+    def put_earlier_away(self) -> None:
+        """Move what an earlier start has written, that came to no checkpoint, out of the way of a new one."""
+        names = ("metrics.jsonl", "decisions.jsonl", "evaluations", "conflicts", "routing")
+        written = [self.root / name for name in names if (self.root / name).exists()]
+        if not written:
+            return
+        number = next(n for n in count(1) if not (self.root / f"earlier-{n}").exists())
+        target = self.root / f"earlier-{number}"
+        target.mkdir()
+        for path in written:
+            path.rename(target / path.name)
+        _LOG.warning("an earlier start came to no checkpoint; what it wrote is in %s", target)
 
     def forget_after(self, step: int) -> None:
         """Steps later than `step` will be done again, so what was seen at them will be too."""

@@ -155,7 +155,10 @@ class Trainer:
 
     def _open_outputs(self, first: int) -> None:
         if self.topology.is_main:
-            self.folder.forget_after(first or -1)  # a fresh start keeps nothing, not even step 0
+            if first:
+                self.folder.forget_after(first)
+            else:
+                self.folder.put_earlier_away()
             self._announce(first)
             self.folder.create(self.config)
             self.folder.write_rejected(record for task in self.tasks for record in task.rejected())
@@ -188,6 +191,12 @@ class Trainer:
         if any(root.glob("step-*.corrupt-*")):
             raise CheckpointMissingError(
                 f"every checkpoint in {root} is damaged. Use a new run.name to start anew."
+            )
+        logged = self.folder.last_logged_step()
+        if logged > (self.config.checkpoint.every_steps or self.config.training.steps - 1):
+            raise CheckpointMissingError(
+                f"{self.folder.metrics} tells of step {logged}, but {root} has no checkpoint. "
+                "Is a volume not mounted? Bring the checkpoints back, or use a new run.name."
             )
         return None
 

@@ -192,3 +192,35 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     ):
         assert wanted in message
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+
+
+def test_missing_checkpoints_are_no_new_run(undisturbed: UndisturbedRun, tmp_path: Path) -> None:
+    """A volume that is not mounted: nothing of what is there may be lost."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed.folder, folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
+    code, output = run_to_end(_command(undisturbed, folder), tmp_path / "output")
+    assert code == 66, output
+    assert (
+        output.count(f"{folder}/metrics.jsonl tells of step 40, but {folder}/checkpoints has no checkpoint")
+        == 1
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*.json*")} == before
+
+
+def test_what_came_to_no_checkpoint_is_put_away_not_deleted(
+    undisturbed: UndisturbedRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = (undisturbed.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    early = "".join(row for row in rows if json.loads(row)["step"] <= 3)
+    (folder / "metrics.jsonl").write_text(early)
+    code, output = run_to_end(
+        _command(undisturbed, folder, "training.steps=2", "evaluation.score_rows=0"), tmp_path / "output"
+    )
+    assert code == 0, output
+    assert "an earlier start came to no checkpoint" in output
+    assert (folder / "earlier-1" / "metrics.jsonl").read_text() == early
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 0
