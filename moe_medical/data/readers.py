@@ -36,23 +36,23 @@ def read_file(file: Path, where: str, header: Sequence[str] | None = None) -> It
     """Yields the records of a file by its suffix.
 
     Args:
-        file: Its suffix is one of `recipe.SUFFIXES`.
+        file: Its suffix is one of `READERS`.
         where: Task YAML and key, for messages.
         header: Names of the columns of a CSV or TSV that has no header line.
 
     Raises:
         DataError: where the file as a whole cannot be read.
     """
-    reader = _READERS.get(file.suffix)
+    reader = READERS.get(file.suffix)
     if header is not None and file.suffix in _DELIMITERS:
         reader = _read_table(_DELIMITERS[file.suffix], header)
     if reader is None:
-        raise DataError(f"{where}: {file} must end in {', '.join(_READERS)}.")
+        raise DataError(f"{where}: {file} must end in {', '.join(READERS)}.")
     try:
         yield from reader(file)
     except OSError as e:
         reason = e.strerror or type(e).__name__
-    except _Unreadable as e:
+    except Unreadable as e:
         reason = str(e)
     else:
         return
@@ -68,7 +68,7 @@ def complete_records(
         yield raw._replace(row={**(raw.row or {}), **other}) if other else raw
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """Why a file cannot be parsed; never its text."""
 
 
@@ -105,13 +105,13 @@ def _read_json(file: Path) -> Iterator[Raw]:
     try:
         records = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise _Unreadable(f"invalid UTF-8 at byte {e.start}") from None
+        raise Unreadable(f"invalid UTF-8 at byte {e.start}") from None
     except json.JSONDecodeError as e:
-        raise _Unreadable(f"invalid JSON at line {e.lineno}; one object per line is .jsonl") from None
+        raise Unreadable(f"invalid JSON at line {e.lineno}; one object per line is .jsonl") from None
     except (ValueError, RecursionError):
-        raise _Unreadable("invalid JSON") from None
+        raise Unreadable("invalid JSON") from None
     if not isinstance(records, list):
-        raise _Unreadable("must be a list of objects")
+        raise Unreadable("must be a list of objects")
     for number, value in enumerate(records, start=1):
         yield _object(number, json.dumps(value, sort_keys=True).encode(), value)
 
@@ -134,12 +134,12 @@ def _read_table(delimiter: str, columns: Sequence[str] | None = None) -> Callabl
             try:
                 header = next(rows, []) if columns is None else list(columns)
                 if len(set(header)) != len(header):
-                    raise _Unreadable("the header names a column twice")
+                    raise Unreadable("the header names a column twice")
                 for cells in rows:
                     if cells:
                         yield _table_row(rows.line_num, header, cells)
             except csv.Error:
-                raise _Unreadable(f"broken quotes or an over-long cell near line {rows.line_num}") from None
+                raise Unreadable(f"broken quotes or an over-long cell near line {rows.line_num}") from None
 
     return read
 
@@ -167,7 +167,7 @@ def _read_parquet(file: Path) -> Iterator[Raw]:
                     number += 1
                     yield _parquet_row(number, batch.slice(i, 1))
     except pa.ArrowException:
-        raise _Unreadable("not a complete Parquet file") from None
+        raise Unreadable("not a complete Parquet file") from None
 
 
 def _parquet_row(number: int, batch: Any) -> Raw:
@@ -181,10 +181,11 @@ def _parquet_row(number: int, batch: Any) -> Raw:
 
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     **{suffix: _read_table(delimiter) for suffix, delimiter in _DELIMITERS.items()},
     ".parquet": _read_parquet,
 }
+"""Suffix -> reader: yields raw records, and raises `Unreadable` where the file as a whole is broken."""

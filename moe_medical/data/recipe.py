@@ -20,10 +20,10 @@ from typing import Any
 
 from moe_medical.data.kinds import KINDS, KNOWN_METRICS, Kind
 from moe_medical.data.published import FORMATS
+from moe_medical.data.readers import READERS
 from moe_medical.data.yaml_keys import Problems, read_keys, suggest
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 DUPLICATES = ("keep", "drop")
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -393,6 +393,6 @@ def _patterns(
             found.add(place, "must be a path or a list of paths", value)
             continue
         for entry in entries:
-            found.check(entry.endswith(SUFFIXES), place, f"must end in {', '.join(SUFFIXES)}", entry)
+            found.check(entry.endswith(tuple(READERS)), place, f"must end in {', '.join(READERS)}", entry)
         patterns[split] = tuple(str(path.parent.absolute() / Path(e).expanduser()) for e in entries)
     return patterns

@@ -16,7 +16,7 @@ from support.tiny import WORDS, write_tiny_model
 
 from moe_medical import cli
 from moe_medical.data.check import CheckReport, check_recipe
-from moe_medical.data.check.report import LENGTH_EDGES
+from moe_medical.data.check.measure import LENGTH_EDGES
 
 CANARY = "kanarienvogel"
 Row = tuple[str, str]

@@ -4,31 +4,23 @@ Decisions: a file that cannot be used is one line of the report and the rest is 
 with too many bad records is read without the limit, so that the report can say which they are. Lengths are
 tokens in the chat format of a base model, or characters where none is given. Labels count as closed, and
 are shown, only where the kind says so and each stands for several rows: a mistake in a recipe must not spill
-text.
+text. What is found are values that JSON can hold, and none of them is the text of a record.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_medical.config.schema import DataSection
 from moe_medical.console import ProgressLine, progress_line
 from moe_medical.data.chat import ChatFormat
-from moe_medical.data.check.report import (
-    CheckReport,
-    Labels,
-    Lengths,
-    Overlap,
-    Repeats,
-    SplitReport,
-    TaskReport,
-)
 from moe_medical.data.hygiene import (
     Comparison,
     Duplicates,
@@ -48,6 +40,117 @@ _MOST_LABELS = 200
 _ROWS_PER_LABEL = 5
 _LABEL_CHARACTERS = 120
 _SHOWN_PLACES = 10
+LENGTH_EDGES = tuple(round(2 ** (i / 2)) for i in range(2, 37))
+"""Edges of the histogram's bins, two per doubling."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the samples of one split: prompt and target together."""
+
+    median: float
+    p95: float
+    longest: int
+    over: float | None
+    """Share above the limit; None without a limit."""
+    histogram: list[int]
+    """Counts between `LENGTH_EDGES`; what lies outside is in the first or the last."""
+
+    @classmethod
+    def of(cls, lengths: list[int], limit: int | None) -> Lengths:
+        """Of at least one length."""
+        values = np.array(lengths)
+        over = None if limit is None else float((values > limit).mean())
+        inside = values.clip(LENGTH_EDGES[0], LENGTH_EDGES[-1])
+        counts = np.histogram(inside, bins=LENGTH_EDGES)[0]
+        p95 = float(np.percentile(values, 95))
+        return cls(float(np.median(values)), p95, int(values.max()), over, counts.tolist())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Targets of the training rows of a task with a closed set of them."""
+
+    distinct: int
+    counts: dict[str, int]
+    """The most frequent ones; empty where they are too many or too long to be a closed set."""
+    largest_share: float
+    imbalance: float
+    """Rows of the most frequent label over rows of the rarest."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Rows of one split that repeat an earlier one."""
+
+    exact: int
+    conflicting: int
+    """The same text with another target."""
+    near: int
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    rows: int
+    bad: int
+    lengths: Lengths
+    repeats: Repeats
+    leaking: int
+    """Training rows that an evaluation split of any task has too, exactly or nearly; 0 for other splits."""
+    files: dict[str, str]
+    """File -> sha256."""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    name: str
+    kind: str
+    language: str
+    licence: str
+    phi: bool
+    compared: bool
+    """False for tasks of images, whose rows differ by more than their text."""
+    splits: dict[str, SplitReport]
+    labels: Labels | None
+    dropped: int
+    """Training rows that the mixture's `hygiene` drops."""
+    bad_places: list[str]
+    """The first bad records, as file:line:reason:digest."""
+    places: list[str]
+    """The first records of every other finding, likewise."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows that two tasks share; `first` and `second` may be one task."""
+
+    first: str
+    second: str
+    exact: int
+    """Rows of `second`."""
+    near: int
+    """Rows of `second`, those in `exact` among them."""
+    rows_of_first: int
+    """Rows of `first` that they are equal or nearly equal to."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    mixture: str
+    length_unit: str
+    length_limit: int | None
+    hygiene: Mapping[str, Any]
+    """The mixture's settings; the threshold is that of every near-duplicate here."""
+    tasks: list[TaskReport]
+    leaks: list[Overlap]
+    """Training rows of `first` against evaluation rows of `second`, most first."""
+    shared: list[Overlap]
+    """Training rows of two different tasks, most first."""
+    errors: list[str]
+    """Files that cannot be used."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"length_edges": LENGTH_EDGES}
 
 
 def check_recipe(recipe: Path, chat: ChatFormat | None, length_limit: int | None) -> CheckReport:

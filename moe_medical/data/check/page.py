@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moe_medical.data.check.report import LENGTH_EDGES, CheckReport, Overlap, TaskReport
+from moe_medical.data.check.measure import LENGTH_EDGES, CheckReport, Overlap, TaskReport
 from moe_medical.files import write_file
 
 _STYLE = """<style>

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_medical.console import show, show_table
-from moe_medical.data.check.report import CheckReport, Labels, Overlap, SplitReport, TaskReport
+from moe_medical.data.check.measure import CheckReport, Labels, Overlap, SplitReport, TaskReport
 from moe_medical.data.recipe import SPLITS
 
 _SHOWN_PAIRS = 20

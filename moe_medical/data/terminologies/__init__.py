@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_medical.data.terminologies import hpo, icd10cm
-from moe_medical.data.terminologies.hpo_disease_tasks import DISEASE_TASKS
-from moe_medical.data.terminologies.hpo_tasks import TERM_TASKS
-from moe_medical.data.terminologies.icd10cm_tasks import TASKS
+from moe_medical.data.terminologies import hpo, hpo_tasks, icd10cm, icd10cm_tasks
 from moe_medical.data.terminologies.packages import DataPackage, InstalledData, find_data
 from moe_medical.data.terminologies.rows import SPLITS, TaskRecipe, write_task
 from moe_medical.errors import DataError
@@ -36,8 +33,8 @@ class Terminology:
 
 
 TERMINOLOGIES = {
-    "icd10cm": Terminology(icd10cm.PACKAGE, icd10cm.read_icd10cm, TASKS),
-    "hpo": Terminology(hpo.PACKAGE, hpo.read_hpo, {**TERM_TASKS, **DISEASE_TASKS}),
+    "icd10cm": Terminology(icd10cm.PACKAGE, icd10cm.read_icd10cm, icd10cm_tasks.TASKS),
+    "hpo": Terminology(hpo.PACKAGE, hpo.read_hpo, hpo_tasks.TASKS),
 }
 BUILDERS = tuple(f"{name}/{task}" for name, each in TERMINOLOGIES.items() for task in each.tasks)
 """Every name that `build_task` accepts; knowing them builds nothing."""
@@ -48,7 +45,7 @@ def build_task(builder: str, cache: Path) -> dict[str, Path]:
 
     Args:
         builder: `<terminology>/<task>`, one of `BUILDERS`.
-        cache: The cache folder, see `moe_medical.cache.default_cache`.
+        cache: The cache folder, see `moe_medical.files.default_cache`.
 
     Returns:
         train, validation and test -> file. Each row has id, task, instruction, input, output, concepts
