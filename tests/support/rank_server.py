@@ -9,10 +9,12 @@ group or starts a thread. It ends with its stdin.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from typing import Any
@@ -35,18 +37,28 @@ def main() -> None:
         running -= reap()
 
 
+PRELOADED = (
+    "pytest",
+    "pandas",  # the tables' library looks for it at the first batch
+    "setuptools",
+    "transformers",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine does, and has torch's compiler come along
+    "torch._inductor.compile_fx",
+    "moe_medical.training.trainer",
+    "moe_medical.data.hygiene",
+    "support.training",
+)
+"""What each rank would import again, in seconds, and what starts no thread by that."""
+
+
 def preload() -> None:
-    """Import; it must be done before the first fork, as each rank would do it again."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU, ranks are not forked
+    """Import; it must be done before the first fork."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # ranks of tests compute on the CPU, on a machine with a GPU as well
     os.environ["DEEPSPEED_LOG_LEVEL"] = "error"
-    import deepspeed
-    import transformers
-
-    import moe_medical.training.trainer
-
-    assert deepspeed
-    assert transformers
-    assert moe_medical.training.trainer
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, "a fork would lack the other threads"
 
 
 def fork(rank: dict[str, Any]) -> int:
