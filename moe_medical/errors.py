@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions, and the exit code that each one ends the process with.
 
 The exit codes are a contract with the orchestrator (SLURM, Kubernetes, a shell script):
-64 fail, 65 fail, 66 fail, 70 fail, 74 retry, 75 requeue, 76 requeue, 77 fail.
+64 fail, 65 fail, 66 fail, 70 fail, 74 retry, 75 requeue, 76 requeue, 77 fail, 79 fail.
 Messages never contain the text of a record.
 """
 
@@ -78,3 +78,9 @@ class SecurityRefusal(MoeMedicalError):
     """Something asked us to run or unpickle code that we do not trust."""
 
     exit_code = 77
+
+
+class DivergedError(MoeMedicalError):
+    """Gradients stay without finite numbers; the checkpoints from before are good."""
+
+    exit_code = 79

@@ -10,6 +10,7 @@ DeepSpeed averages them, experts too (over all ranks, although only their replic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class Engine:
         named: trainable parameters by name, in a stable order.
         experts: names of those of which this rank holds its experts only.
         group: ranks that share the experts; None where each has them all.
+        applied_steps: optimizer steps that have updated something, those before a resume included.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         self.group = group
         self.stage = int(deepspeed_engine.zero_optimization_stage())
         self._clip_norm = clip
+        self.applied_steps = 0
 
     @property
     def module(self) -> nn.Module:
@@ -110,19 +113,35 @@ class Engine:
         self.deepspeed.backward(loss * self.topology.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update and clear; returns the global gradient norm before clipping."""
+        """Clip, update and clear.
+
+        Where a gradient of any rank is not finite nothing is updated, on any rank and at any ZeRO stage:
+        neither parameters nor what the optimizer remembers of them, its number of steps included.
+
+        Returns:
+            The global gradient norm before clipping, the same on all ranks; not finite where nothing was
+            updated.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        own_norm = self._clip_unsharded() if self.stage == 0 else None
+        norm = self._clip_unsharded() if self.stage == 0 else None
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm)
+        if norm is None:
+            # NOTE(deepspeed): ZeRO drops such a step by itself; ZeRO-3 then keeps the norm of the one before.
+            norm = float(self.deepspeed.get_global_grad_norm())
+            norm = norm if self.deepspeed.was_step_applied() else math.inf
+        self.applied_steps += math.isfinite(norm)
+        return norm
 
     def _clip_unsharded(self) -> float:
         # NOTE(deepspeed): ZeRO-0 does not tell the norm, and averages it wrongly over sharded experts.
-        norm = self._unsharded_norm()
-        limit = self._clip_norm or float("inf")
-        nn.utils.clip_grads_with_norm_(list(self.named.values()), limit, norm)
-        return float(norm)
+        norm = float(total := self._unsharded_norm())
+        if math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(list(self.named.values()), self._clip_norm or math.inf, total)
+        else:
+            for parameter in self.named.values():
+                parameter.grad = None  # AdamW passes over what has none, and does not count the step
+        return norm
 
     def _unsharded_norm(self) -> torch.Tensor:
         """Norm over the shared parameters and the experts of all peers."""

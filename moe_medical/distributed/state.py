@@ -25,11 +25,13 @@ class TrainableState:
         parameters: adapters and routers.
         moments: Adam's running averages, `{"exp_avg": {...}, "exp_avg_sq": {...}}`.
         step: optimizer steps done.
+        applied: those that have updated something, which is what Adam corrects its averages by; None for all.
     """
 
     parameters: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     step: int = 0
+    applied: int | None = None
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -56,7 +58,7 @@ def gather_state(engine: Engine, step: int) -> TrainableState:
         key: {n: _whole(engine, n, _moment(engine, p, key)) for n, p in engine.named.items()}
         for key in MOMENTS
     }
-    return TrainableState(gather_parameters(engine), moments, step)
+    return TrainableState(gather_parameters(engine), moments, step, engine.applied_steps)
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def load_state(engine: Engine, state: TrainableState) -> None:
         for key in MOMENTS:
             _set_moment(engine, parameter, key, _own(engine, name, state.moments[key][name]))
     _refresh_forward_copies(engine)
-    _set_step(engine, state.step)
+    _set_step(engine, state.step, state.step if state.applied is None else state.applied)
 
 
 def _whole(engine: Engine, name: str, own: torch.Tensor) -> torch.Tensor:
@@ -190,9 +192,10 @@ def _refresh_partition(outer: Any, group: int, master: torch.Tensor) -> None:
         part.data = fresh.data
 
 
-def _set_step(engine: Engine, step: int) -> None:
+def _set_step(engine: Engine, step: int, applied: int) -> None:
     for state in _torch_optimizer(engine).state.values():
-        state["step"].fill_(float(step))
+        state["step"].fill_(float(applied))
+    engine.applied_steps = applied
     engine.deepspeed.global_steps = step
     engine.deepspeed.global_samples = step * engine.deepspeed.train_batch_size()
     engine.deepspeed.micro_steps = step

@@ -5,7 +5,8 @@
       step-00002400/
         adapters.safetensors      fp32 master of every trainable tensor, by parameter name
         optimizer.safetensors     exp_avg.<name>, exp_avg_sq.<name>, fp32
-        state.json                step, samples, tokens, the run's fingerprint, the state of each callback
+        state.json                step, applied_steps, samples, tokens, the run's fingerprint, task weights,
+                                the state of each callback
         MANIFEST.json             written last: sha256 and bytes of each file, layout, versions
 
 Nothing is ever unpickled. Random numbers need no file: the trainer seeds them from (seed, step, rank)
@@ -101,7 +102,8 @@ class CheckpointFolder:
         state = _read_json(folder / _STATE)
         if _read_json(folder / _MANIFEST)["format_version"] == 1:
             state = _from_format_1(state)
-        return Checkpoint(TrainableState(load_file(folder / _ADAPTERS), moments, step), state)
+        parameters = load_file(folder / _ADAPTERS)
+        return Checkpoint(TrainableState(parameters, moments, step, state.pop("applied_steps", step)), state)
 
     def _newest_whole(self) -> tuple[int | None, list[tuple[Path, str]]]:
         """The newest whole one's step, and before it the damaged ones with what is wrong."""
@@ -181,7 +183,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(trainable.parameters, folder / _ADAPTERS)
     moments = {f"{key}.{name}": t for key, of in trainable.moments.items() for name, t in of.items()}
     save_file(moments, folder / _OPTIMIZER)
-    write_json(folder / _STATE, {"step": trainable.step, **checkpoint.state})
+    applied = trainable.step if trainable.applied is None else trainable.applied
+    write_json(folder / _STATE, {"step": trainable.step, "applied_steps": applied, **checkpoint.state})
 
 
 def _manifest(folder: Path, step: int, layout: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from moe_medical.distributed.topology import Topology
 from moe_medical.training.callback import Callback
 from moe_medical.training.callbacks import guard, mixing, step_log
 from moe_medical.training.callbacks.conflict import ConflictProbe, Conflicts
+from moe_medical.training.callbacks.divergence import Divergence
 from moe_medical.training.callbacks.routing import Routing
 from moe_medical.training.callbacks.seesaw import Seesaw
 from moe_medical.training.callbacks.task_losses import TaskLosses
@@ -109,4 +110,5 @@ def build_callbacks(
     callbacks.append(step_log.StepLog(config, data, loader, topology, losses, router_losses))
     routing = Routing(config, adapters, names, engine, context, log)
     probe = ConflictProbe(config, data.tasks, data.chat, engine, context)
-    return [*callbacks, routing, Conflicts(config, probe, routing, log)]
+    divergence = Divergence(names, topology, log)
+    return [*callbacks, routing, Conflicts(config, probe, routing, log), divergence]

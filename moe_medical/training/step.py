@@ -64,10 +64,15 @@ class StepResult:
     counts: StepCounts
     """Of all ranks."""
     grad_norm: float
-    """Of all ranks, before clipping."""
+    """Of all ranks, before clipping; not finite where the step was skipped."""
     learning_rate: float
     factors_T: np.ndarray
     """What each task's loss was multiplied with, beside the normalisation."""
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether anything was updated: not where a gradient was not finite. The same on all ranks."""
+        return math.isfinite(self.grad_norm)
 
     @property
     def done(self) -> int:
@@ -149,8 +154,10 @@ class TrainStep:
 
         rate = learning_rate(self._training, step)
         norm = engine.step(rate)
-        self._factors.learn(step, batches, counts, sums[0])
-        return StepResult(step, sums, counts, norm, rate, factors_T)
+        result = StepResult(step, sums, counts, norm, rate, factors_T)
+        if result.is_applied:  # weights that follow losses would not come back from one that is not finite
+            self._factors.learn(step, batches, counts, sums[0])
+        return result
 
 
 class TaskFactors:

@@ -31,8 +31,9 @@ class TaskLosses(Callback):
         self._sums = {reader: np.zeros((3, num_tasks)) for reader in readers}
 
     def after_step(self, result: StepResult) -> Mapping[str, float]:
-        for sums in self._sums.values():
-            sums += result.task_sums
+        if result.is_applied:  # a loss that is not finite would hide all others of its task
+            for sums in self._sums.values():
+                sums += result.task_sums
         return {}
 
     def take(self, reader: str) -> np.ndarray:
