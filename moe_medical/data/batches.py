@@ -122,8 +122,9 @@ def _batch(rows: Sequence[Sequence[tuple[Encoded, int]]], length: int, pad_id: i
             positions[b, start:end] = torch.arange(size)
             tasks[b, start:end] = task
             targets[b, start:end] = end - border
-        if packed:
+        if packed:  # positions that start again make the padding a sample of its own
             positions[b, end:] = torch.arange(length - end)
+    # The head is run on these columns alone: a prompt is long, and the vocabulary wide.
     columns = (labels != IGNORE).any(0).nonzero().squeeze(1)
     truncated = sum(sample.num_truncated > 0 for row in rows for sample, _ in row)
     return Batch(ids, mask, positions, labels, tasks, targets, columns, truncated, packed)
@@ -174,13 +175,15 @@ class TrainingBatches:
             rows = pack(lengths, shape.pack_length, shape.world_size)
         dealt = deal(rows, lengths, shape.micro_batch, shape.world_size, shape.batching == "padded")
         mine = dealt[shape.rank :: shape.world_size]
+        # Every rank needs all lengths to deal alike, but only the tokens of its own samples.
         encoded = self._encoded(samples, [i for batch in mine for row in batch for i in row])
-        return [self._collate([[encoded[i] for i in row] for row in batch]) for batch in mine]
-
-    def _collate(self, rows: Sequence[Sequence[tuple[Encoded, int]]]) -> Batch:
-        if self._shape.batching == "packed":
-            return collate_packed(rows, self._chat.pad_id)
-        return collate([row[0][0] for row in rows], [row[0][1] for row in rows], self._chat.pad_id)
+        filled = [[[encoded[i] for i in row] for row in batch] for batch in mine]
+        if shape.batching == "packed":
+            return [collate_packed(rows, self._chat.pad_id) for rows in filled]
+        return [
+            collate([row[0][0] for row in rows], [row[0][1] for row in rows], self._chat.pad_id)
+            for rows in filled
+        ]
 
     def _lengths(self, samples: Sequence[SampleRef]) -> list[int]:
         if self._shape.batching == "padded":
@@ -246,9 +249,9 @@ class Loader:
         began = time.perf_counter()
         try:
             if self._pool is None:
-                return self._make(step)
+                return self._lay_out(self._batches.samples(step))
             if self._queue and self._queue[0][0] != step:
-                self._queue.clear()
+                self._queue.clear()  # a jump: what was begun is of other steps
             first = self._queue[-1][0] + 1 if self._queue else step
             for number in range(first, min(step + self._ahead + 1, end)):
                 samples = self._batches.samples(number)
@@ -262,9 +265,6 @@ class Loader:
         waited = self._waited
         self._waited = 0.0
         return waited
-
-    def _make(self, step: int) -> list[Batch]:
-        return self._lay_out(self._batches.samples(step))
 
     def _lay_out(self, samples: list) -> list[Batch]:
         batches = self._batches.lay_out(samples)

@@ -223,6 +223,7 @@ class ChatFormat:
         return [encoding.ids for encoding in encodings]
 
     def _target_ids(self, target: str) -> list[int]:
+        # Tokenised behind the footer, so that it gets the tokens that it has in the whole text.
         completion = self._frame.lead + target + self._frame.tail
         ids = self._ids(self._frame.footer + completion)
         border = len(self._footer_ids)
@@ -253,6 +254,7 @@ def _cut(offsets: Sequence[tuple[int, int]], start: int, end: int, surplus: int)
     high = inside[-1] + 1
     first = low + (len(inside) - surplus + 1) // 2
     last = first + surplus
+    # Byte-level tokens of one character overlap in characters: all of them go or none.
     while first > low and offsets[first][0] < offsets[first - 1][1]:
         first -= 1
     while last < high and offsets[last][0] < offsets[last - 1][1]:
@@ -287,6 +289,7 @@ def _read_frame(folder: Path, render: Render, system_prompt: str | None) -> _Fra
         first = [{"role": "system", "content": system_prompt}]
         _check_system(folder, render, system_prompt)
     frame = _split(folder, render, first, *_MARKERS)
+    # Everything later is concatenation, so the split must not depend on what is in between.
     for prompt, target in _PROBES:
         if _split(folder, render, first, prompt, target) != frame:
             raise _error(folder, "chat template", "must treat every prompt and target alike")

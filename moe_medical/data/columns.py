@@ -61,7 +61,10 @@ class ExampleMaker:
         id = self._spec.id
         if id and len(rows) > 1:
             rows = [{**row, id: f"{row.get(id)}#{i}"} for i, row in enumerate(rows, start=1)]
-        return [self._with_derived(row) for row in rows]
+        return [
+            row | {column: DERIVED[column](row, self._spec) for column in self._derived if column not in row}
+            for row in rows
+        ]
 
     def __call__(self, row: Row, number: int) -> Example:
         """The example of the row with this number of a record; "" is its id where the task has none."""
@@ -71,13 +74,12 @@ class ExampleMaker:
             raise BadShape("empty prompt")
         if not target:
             raise BadShape("empty target")
-        choices = _choices(row, self._spec.choices)
+        column = self._spec.choices
+        choices: tuple[str, ...] = ()
+        if column is not None:
+            choices = tuple(_scalar(item, column) for item in _as_list(_value(row, column), column))
         image = self._images(row) if self._images else None
         return Example(self._spec.name, self._identity(row, number), prompt, target, choices, image)
-
-    def _with_derived(self, row: Row) -> Row:
-        made = {column: DERIVED[column](row, self._spec) for column in self._derived if column not in row}
-        return {**row, **made} if made else row
 
     def _identity(self, row: Row, number: int) -> str:
         column = self._spec.id
@@ -102,12 +104,6 @@ def _text(row: Row, column: str) -> str:
     if isinstance(value, (list, tuple)):
         return LIST_SEPARATOR.join(_scalar(item, column) for item in value)
     return _scalar(value, column)
-
-
-def _choices(row: Row, column: str | None) -> tuple[str, ...]:
-    if column is None:
-        return ()
-    return tuple(_scalar(item, column) for item in _as_list(_value(row, column), column))
 
 
 def _value(row: Row, column: str) -> Any:

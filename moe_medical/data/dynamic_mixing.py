@@ -110,6 +110,7 @@ class DynamicRule(ABC):
         self._names = list(names)
         self._tasks = np.flatnonzero(shares)
         self._static = np.asarray(shares, dtype=np.float64)[self._tasks] / np.sum(shares)
+        # floor and ceiling never tighten a bound so far that p itself lies outside of it.
         self._low = np.maximum(section.low * self._static, np.minimum(floor, self._static))
         self._high = np.minimum(section.high * self._static, np.maximum(ceiling, self._static))
         self._memory: dict[str, Floats] = {}
@@ -136,9 +137,9 @@ class DynamicRule(ABC):
 
     def _smoothed(self, name: str, value: Floats, weight: float) -> Floats:
         """Running mean of `value`, which starts at 0; the newest counts `weight`."""
-        before = self._memory.get(name, np.zeros_like(value))
-        self._memory[name] = (1 - weight) * before + weight * value
-        return self._memory[name]
+        mean = (1 - weight) * self._memory.get(name, np.zeros_like(value)) + weight * value
+        self._memory[name] = mean
+        return mean
 
     @abstractmethod
     def _wanted(self, seen: Observation) -> Floats:
@@ -375,7 +376,7 @@ class DynamicMix:
         self._rule.load_state(state["rule"])
         self._decided = state["decided"]
         self._given = np.array(state["given"], dtype=np.int64)
-        if not same_plan:
+        if not same_plan:  # what the old one gave since is not what this one gave
             self._given = self._plan.counts(self._decided * self._global_batch)
 
     def _first_block(self, done_samples: int) -> int:
@@ -395,7 +396,8 @@ def dynamic_mix(
     """The dynamic rule of a run; None where it has none. Arguments as of `DynamicMix`."""
     if mix.dynamic.rule == "none":
         return None
-    shares = task_weights(mix, sizes, num_samples) * units_per_sample(mix, sizes)
     names = [size.name for size in sizes]
+    # Weights count samples; rules move shares of what `by` counts.
+    shares = task_weights(mix, sizes, num_samples) * units_per_sample(mix, sizes)
     rule = RULES[mix.dynamic.rule](shares / shares.sum(), mix.dynamic, names, mix.floor, mix.ceiling)
     return DynamicMix(rule, plan, mix, sizes, global_batch, num_samples, agree)

@@ -277,16 +277,14 @@ class MixPlan:
             # Only a restored plan is asked for its past, which it has to plan from the beginning.
             self._start_at(0, np.zeros_like(self._sizes), np.zeros_like(self._sizes))
         while len(self._used) <= number - self._first:
-            weights = self._weights_of(self._first + len(self._used) - 1)
+            block = self._first + len(self._used) - 1
+            # Of the last change at or before the block.
+            change = bisect.bisect_right(self._history, block, key=lambda change: change[0]) - 1
+            weights = self._history[change][1]
             counts, carry = self._share_out(weights, self._used[-1], self._carry[-1])
             self._used.append(self._used[-1] + counts)
             self._carry.append(carry)
         return self._used[number - self._first]
-
-    def _weights_of(self, block: int) -> Ints:
-        """Those of the last change at or before the block."""
-        entry = bisect.bisect_right(self._history, block, key=lambda change: change[0]) - 1
-        return self._history[entry][1]
 
     def _share_out(self, weights: Ints, used: Ints, carry: Ints) -> tuple[Ints, Ints]:
         """Samples of each task in one block, and the rounding error that the next block inherits.

@@ -33,6 +33,7 @@ def pack(lengths: Sequence[int], capacity: int, multiple: int) -> Rows:
         Every sample once; no row is empty.
     """
     count = -(-count_rows(lengths, capacity) // multiple) * multiple
+    # An even spread may need more rows than best fit; each turn adds some, and with one sample a row it fits.
     while True:
         rows = _spread(lengths, count)
         if max(sum(lengths[i] for i in row) for row in rows) <= capacity:
@@ -42,10 +43,10 @@ def pack(lengths: Sequence[int], capacity: int, multiple: int) -> Rows:
 
 def count_rows(lengths: Sequence[int], capacity: int) -> int:
     """Rows that best-fit decreasing fills: at most 11/9 of the fewest, plus 4 (Johnson 1974)."""
-    room: list[int] = []
+    room: list[int] = []  # of the rows that are open, ascending
     rows = 0
     for length in sorted(lengths, reverse=True):
-        fit = bisect_left(room, length)
+        fit = bisect_left(room, length)  # the fullest row that still takes it
         if fit == len(room):
             rows += 1
             insort(room, capacity - length)
@@ -55,6 +56,7 @@ def count_rows(lengths: Sequence[int], capacity: int) -> int:
 
 
 def _spread(lengths: Sequence[int], count: int) -> Rows:
+    """Longest first to the emptiest row: the longest is at most 4/3 of the shortest possible (Graham 1969)."""
     rows: Rows = [[] for _ in range(count)]
     emptiest = [(0, number) for number in range(count)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -79,5 +81,6 @@ def deal(rows: Rows, lengths: Sequence[int], micro_batch: int, world_size: int, 
     assert len(rows) % world_size == 0, "each rank needs as many rows as every other"
     if not in_order:
         rows = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+    # One turn is a micro-batch of every rank; rank r takes its rows r, r + world_size, ... of like length.
     turns = [rows[i : i + micro_batch * world_size] for i in range(0, len(rows), micro_batch * world_size)]
     return [turn[rank::world_size] for turn in turns for rank in range(world_size)]

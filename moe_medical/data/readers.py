@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,15 +57,6 @@ def read_file(file: Path, where: str, header: Sequence[str] | None = None) -> It
     else:
         return
     raise DataError(f"{where}: cannot read {file} ({reason}).") from None
-
-
-def complete_records(
-    records: Iterable[Raw], others: Mapping[str, Mapping[str, Any]], column: str
-) -> Iterator[Raw]:
-    """The records, each with what `others` holds under its value of `column`."""
-    for raw in records:
-        other = others.get(str(raw.row.get(column))) if raw.row is not None else None
-        yield raw._replace(row={**(raw.row or {}), **other}) if other else raw
 
 
 class Unreadable(Exception):

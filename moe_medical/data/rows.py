@@ -13,7 +13,7 @@ import hashlib
 import json
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import index
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from moe_medical.data.store import content_key, damaged
+from moe_medical.data.store import content_key, damaged, load_array
 
 BATCH_ROWS = 1024
 _KEPT_BATCHES = 1024
@@ -37,7 +37,7 @@ _BATCH_CHARACTERS = 2**24
 _DIGEST_BYTES = 6
 _FIELDS = ("id", "prompt", "target", "choices", "image")
 _BAD = "bad.jsonl"
-_KEPT = "kept.npy"
+_KEPT = "kept"
 _META = "meta.json"
 
 Rows = NDArray[np.int64]
@@ -103,9 +103,9 @@ class BatchFile:
         try:
             mapped = pa.memory_map(str(folder / f"{name}.arrow")).read_buffer()
             self._reader = pa.ipc.open_file(pa.BufferReader(mapped), options=_READ)
-            self._starts: Rows = np.load(folder / f"{name}.starts.npy")
         except (OSError, EOFError, ValueError):  # ArrowInvalid is a ValueError
             raise damaged(folder) from None
+        self._starts: Rows = load_array(folder, f"{name}.starts")
         if len(self._starts) != self._reader.num_record_batches + 1:
             raise damaged(folder)
         self._lock = threading.Lock()
@@ -122,6 +122,7 @@ class BatchFile:
     def take(self, rows: Rows) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         """The rows batch by batch, each with the places that they have in `rows`."""
         batches, places = self.locate(rows)
+        # Sorted by batch, so that each batch is read once whatever the order that is asked for.
         order = batches.argsort(kind="stable")
         for group in np.split(order, np.flatnonzero(np.diff(batches[order])) + 1):
             if len(group):
@@ -141,7 +142,10 @@ class _Store:
         self.files = list(files)
         self.key = key
         self.table = BatchFile(folder, "rows")
-        self.meta = _read_meta(folder)
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise damaged(folder) from None
         self._ends = np.cumsum([source["rows"] for source in self.meta["sources"]])
 
     def sources(self, places: Rows) -> list[str]:
@@ -169,7 +173,9 @@ class TextRows(Sequence[Example]):
         Raises:
             StorageError: the store is damaged.
         """
-        return cls(_Store(folder, task, files, key), _read_selection(folder))
+        # The file is there only where a row has the id of an earlier one.
+        kept = load_array(folder, _KEPT, mapped=True) if (folder / f"{_KEPT}.npy").exists() else None
+        return cls(_Store(folder, task, files, key), kept)
 
     def __len__(self) -> int:
         return len(self._store.table) if self._selection is None else len(self._selection)
@@ -257,33 +263,13 @@ class TextRows(Sequence[Example]):
     def _examples(self, places: Rows, batch: pa.RecordBatch) -> Iterator[Example]:
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != "digest"}
         choices = columns.get("choices") or [()] * batch.num_rows
-        ids = columns.get("id") or self._numbered(places, columns["line"])
+        ids = columns.get("id")
+        if ids is None:  # records without an identity are known by file name and line
+            files = self._store.sources(places)
+            ids = [f"{Path(file).name}:{line}" for file, line in zip(files, columns["line"], strict=True)]
         images = columns.get("image") or [None] * batch.num_rows
         texts = zip(ids, columns["prompt"], columns["target"], map(tuple, choices), images, strict=True)
         return (Example(self._store.task, *text) for text in texts)
-
-    def _numbered(self, places: Rows, lines: Sequence[int]) -> list[str]:
-        """Identities of records that have none: file name and line."""
-        files = self._store.sources(places)
-        return [f"{Path(file).name}:{line}" for file, line in zip(files, lines, strict=True)]
-
-
-def _read_selection(folder: Path) -> Rows | None:
-    try:
-        rows: Rows = np.load(folder / _KEPT, mmap_mode="r")
-        return rows
-    except FileNotFoundError:  # no row has the id of an earlier one
-        return None
-    except (OSError, EOFError, ValueError):
-        raise damaged(folder) from None
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
-        return meta
-    except (OSError, ValueError):
-        raise damaged(folder) from None
 
 
 class RowWriter:
@@ -312,7 +298,7 @@ class RowWriter:
         for name, values in self._batch.items():
             values.append(row[name])
         if self._has_ids:
-            self._hashes.append(hash(example.id))
+            self._hashes.append(hash(example.id))  # of this process only: it is never stored
         self._rows += 1
         self._characters += len(example.prompt) + len(example.target)
         if len(self._batch["line"]) == BATCH_ROWS or self._characters > _BATCH_CHARACTERS:
@@ -355,7 +341,7 @@ class RowWriter:
         )
         if not len(repeats):
             return
-        np.save(self._folder / _KEPT, np.delete(np.arange(len(file)), repeats))
+        np.save(self._folder / f"{_KEPT}.npy", np.delete(np.arange(len(file)), repeats))
         ends = np.cumsum([source["rows"] for source in self._meta["sources"]])
         sources = ends.searchsorted(repeats, side="right")
         for group, batch in file.take(repeats):
@@ -367,6 +353,7 @@ class RowWriter:
 
 def _repeats(hashes: Rows, file: BatchFile) -> Iterator[int]:
     """Rows whose id an earlier row has; rows of one hash are compared by the id itself."""
+    # 64 bits a row find the few rows that may repeat an id, so that only their ids are read back.
     ordered = np.sort(hashes)
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     suspects = _found_in(twice, hashes)
@@ -374,10 +361,13 @@ def _repeats(hashes: Rows, file: BatchFile) -> Iterator[int]:
     suspects = suspects[order]
     for group in np.split(suspects, np.flatnonzero(np.diff(hashes[suspects])) + 1):
         seen: set[str] = set()
-        for row, id in zip(group.tolist(), _ids(file, group), strict=True):
-            if id in seen:
+        ids: dict[int, str] = {}
+        for places, batch in file.take(group):
+            ids.update(zip(places.tolist(), batch.column("id").to_pylist(), strict=True))
+        for place, row in enumerate(group.tolist()):
+            if ids[place] in seen:
                 yield row
-            seen.add(id)
+            seen.add(ids[place])
 
 
 def _found_in(values: Rows, hashes: Rows, piece: int = 2**20) -> Rows:
@@ -388,10 +378,3 @@ def _found_in(values: Rows, hashes: Rows, piece: int = 2**20) -> Rows:
         near = values[np.minimum(values.searchsorted(part), len(values) - 1)]
         found.append(np.flatnonzero(near == part) + first)
     return np.concatenate(found)
-
-
-def _ids(file: BatchFile, rows: Rows) -> Iterable[str]:
-    found: dict[int, str] = {}
-    for group, batch in file.take(rows):
-        found.update(zip(group.tolist(), batch.column("id").to_pylist(), strict=True))
-    return (found[place] for place in range(len(rows)))

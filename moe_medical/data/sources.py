@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from moe_medical.data.columns import ExampleMaker, image_content
 from moe_medical.data.published import BadShape
-from moe_medical.data.readers import Raw, complete_records, read_file
+from moe_medical.data.readers import Raw, read_file
 from moe_medical.data.recipe import (
     SPLITS,
     BuilderSource,
@@ -139,7 +139,10 @@ def _origins(spec: TaskSpec, split: str) -> Iterator[_Origin]:
             return
         case BuilderSource(name):
             key = "source.builder"
-            file = _built(spec, name, split)
+            files = _build_files(name)
+            if split not in files:
+                raise DataError(f"{spec.path}: source.builder {name!r} makes no {split} split.")
+            file = files[split]
             fingerprint = _fingerprint(file, f"{spec.path}: {key}")
             records = partial(read_file, file, f"{spec.path}: {key}")
             yield _Origin(str(file), key, records, fingerprint.sha256, fingerprint)
@@ -172,11 +175,14 @@ def _joined_files(spec: TaskSpec, split: str) -> list[Path]:
 def _completed(
     records: Callable[[], Iterator[Raw]], files: Sequence[Path], column: str, where: str
 ) -> Iterator[Raw]:
-    others = {}
+    """The records, each with the columns of the record of `files` that has the same value of `column`."""
+    others: dict[str, dict[str, Any]] = {}
     for file in files:
         rows = (raw.row for raw in read_file(file, where) if raw.row is not None)
         others.update({str(row[column]): row for row in rows if column in row})
-    return complete_records(records(), others, column)
+    for raw in records():
+        other = others.get(str(raw.row.get(column))) if raw.row is not None else None
+        yield raw._replace(row={**(raw.row or {}), **other}) if other else raw
 
 
 def _expand(spec: TaskSpec, key: str, patterns: Sequence[str]) -> list[Path]:
@@ -198,13 +204,6 @@ def _build_files(builder: str) -> dict[str, Path]:
     return build_task(builder, default_cache())
 
 
-def _built(spec: TaskSpec, builder: str, split: str) -> Path:
-    files = _build_files(builder)
-    if split not in files:
-        raise DataError(f"{spec.path}: source.builder {builder!r} makes no {split} split.")
-    return files[split]
-
-
 def _fingerprint(file: Path, where: str) -> Fingerprint:
     try:
         return fingerprint_file(file)
@@ -222,19 +221,19 @@ def _hub_origin(spec: TaskSpec, source: HubSource, split: str) -> _Origin:
     rows = _load_hub(name, source, source.splits[split], where)
 
     def records() -> Iterator[Raw]:
-        return (Raw(i, _canonical(row), row) for i, row in enumerate(rows, start=1))
+        for number, row in enumerate(rows, start=1):
+            data = json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
+            yield Raw(number, data, row)
 
-    # A name such as "train[:80%]" takes some rows of the files.
-    content = content_key([source.splits[split], _hub_content(rows, records)])
-    return _Origin(label, "source.hub", records, content, None)
-
-
-def _hub_content(rows: Any, records: Callable[[], Iterator[Raw]]) -> str:
-    """Hash of the Arrow files behind a data set; of its records where it has none."""
+    # Known by the Arrow files behind it; a data set that was made in memory has none, so by its records.
     files = [Path(file["filename"]) for file in rows.cache_files]
     if files:
-        return content_key([fingerprint_file(file).sha256 for file in files])
-    return _fingerprint_records(records()).sha256
+        content = content_key([fingerprint_file(file).sha256 for file in files])
+    else:
+        content = _fingerprint_records(records()).sha256
+    # A name such as "train[:80%]" takes some rows of the files.
+    content = content_key([source.splits[split], content])
+    return _Origin(label, "source.hub", records, content, None)
 
 
 def _fingerprint_records(records: Iterable[Raw]) -> Fingerprint:
@@ -254,10 +253,6 @@ def _load_hub(name: str, source: HubSource, split: str, where: str) -> Any:
     except Exception as e:  # `datasets` raises whatever its readers raise; their text may quote a record
         reason = f"{type(e).__name__}; check name, config, revision and splits"
     raise DataError(f"{where}: cannot load {name!r}, split {split!r} ({reason}).")
-
-
-def _canonical(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
 
 
 class _Unusables:

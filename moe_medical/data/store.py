@@ -27,6 +27,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moe_medical.errors import StorageError
 from moe_medical.files import CACHE_VARIABLE, default_cache, one_at_a_time, publish_folder, write_json
 
@@ -72,8 +75,13 @@ def published(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     except OSError as e:
         fix = f"Point {CACHE_VARIABLE} elsewhere."
         raise StorageError(f"{target.parent} cannot be made ({e.strerror}). {fix}") from None
+
+    def build_private(draft: Path) -> None:
+        draft.chmod(0o700)  # before anything is in it: records are private
+        build(draft)
+
     with one_at_a_time(target):
-        return publish_folder(lambda draft: _build(draft, build), target)
+        return publish_folder(build_private, target)
 
 
 def damaged(folder: Path) -> StorageError:
@@ -81,9 +89,17 @@ def damaged(folder: Path) -> StorageError:
     return StorageError(f"{folder} is damaged. Delete it; it is made again from the data.")
 
 
-def _build(draft: Path, build: Callable[[Path], None]) -> None:
-    draft.chmod(0o700)  # records are private
-    build(draft)
+def load_array(folder: Path, name: str, mapped: bool = False) -> NDArray[Any]:
+    """An array of a derived folder.
+
+    Raises:
+        StorageError: the folder is damaged.
+    """
+    try:
+        array: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r" if mapped else None)
+    except (OSError, EOFError, ValueError):
+        raise damaged(folder) from None
+    return array
 
 
 @dataclass(frozen=True)
@@ -154,24 +170,23 @@ def fingerprint_file(file: Path, clock_ns: Callable[[], int] = time.time_ns) -> 
         OSError: the file cannot be read.
     """
     state = _state(file)
-    kept = _kept(file)
+    known_in = derived_folder("fingerprints", f"{content_key(str(file.absolute()))}.json")
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(kept.read_text(encoding="utf-8"))
+        known = json.loads(known_in.read_text(encoding="utf-8"))
         if known["state"] == state:
             return Fingerprint.from_json(known["fingerprint"])
-    fingerprint = _read(file)
-    settled = clock_ns() - max(state["changed"], state["modified"]) > _SETTLED_NS
-    if settled and _state(file) == state:
-        _keep(kept, {"state": state, "fingerprint": fingerprint.to_json()})
-    return fingerprint
-
-
-def _read(file: Path) -> Fingerprint:
     running = Fingerprinter()
     with file.open("rb") as stream:
         while data := stream.read(CHUNK_BYTES):
             running.update(data)
-    return running.result(has_lines=file.suffix != ".parquet")
+    fingerprint = running.result(has_lines=file.suffix != ".parquet")
+    settled = clock_ns() - max(state["changed"], state["modified"]) > _SETTLED_NS
+    if settled and _state(file) == state:  # it did not change while it was read
+        # A cache that cannot be written costs time, nothing else.
+        with suppress(OSError, StorageError):
+            known_in.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_json(known_in, {"state": state, "fingerprint": fingerprint.to_json()}, indent=None)
+    return fingerprint
 
 
 def _state(file: Path) -> dict[str, int]:
@@ -183,14 +198,3 @@ def _state(file: Path) -> dict[str, int]:
         "modified": info.st_mtime_ns,
         "changed": info.st_ctime_ns,
     }
-
-
-def _kept(file: Path) -> Path:
-    return derived_folder("fingerprints", f"{content_key(str(file.absolute()))}.json")
-
-
-def _keep(path: Path, value: dict[str, Any]) -> None:
-    """A cache that cannot be written costs time, nothing else."""
-    with suppress(OSError, StorageError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(path, value, indent=None)

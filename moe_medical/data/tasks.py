@@ -18,7 +18,7 @@ from moe_medical.data.recipe import Mixture, TaskSpec, load_mixture
 from moe_medical.data.rows import BATCH_ROWS, RejectedRecord, Rows, TextRows
 from moe_medical.data.sources import Split, load_split, splits_of
 from moe_medical.data.static_mixing import TaskSize, weight_schedule
-from moe_medical.data.store import Fingerprint, damaged, published
+from moe_medical.data.store import Fingerprint, load_array, published
 from moe_medical.data.tokens import FreshTokens, TokenMemo, TokenRows, fitting
 from moe_medical.errors import ConfigError, DataError, Problem
 
@@ -188,10 +188,7 @@ def _dropped_rows(mixture: Mixture, splits: Sequence[Mapping[str, Split]], most:
             np.save(folder / f"{task}.npy", found)
 
     folder = published("hygiene", hygiene_key(contents, specs, settings), build)
-    try:
-        return {spec.name: np.load(folder / f"{spec.name}.npy") for spec in specs}
-    except (OSError, EOFError, ValueError):
-        raise damaged(folder) from None
+    return {spec.name: load_array(folder, spec.name) for spec in specs}
 
 
 def _task(

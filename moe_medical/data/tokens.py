@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moe_medical.data.chat import ChatFormat, Encoded
 from moe_medical.data.rows import BatchFile, BatchWriter, TextRows
-from moe_medical.data.store import code_key, content_key, damaged, derived_folder, published
+from moe_medical.data.store import code_key, content_key, damaged, derived_folder, load_array, published
 
 _CODE = (tokenizers.__version__, code_key("chat", "tokens", "rows", "store"))
 _ROWS_MEASURED = 1024
@@ -61,6 +61,7 @@ class TokenRows(ABC):
     @cached_property
     def mean_length(self) -> float:
         """Tokens of a row on average, from evenly spread ones."""
+        # Evenly spread and not drawn, so that plan and run measure the same.
         picks = np.linspace(0, len(self) - 1, min(_ROWS_MEASURED, len(self))).astype(np.int64)
         return float(np.mean(self.lengths(picks.tolist())))
 
@@ -117,10 +118,11 @@ class TokenMemo:
     def put(self, owner: str, made: dict[int, _Packed]) -> None:
         with self._lock:
             for row, packed in made.items():
+                # Two threads may have made the same row: the newer takes the place of the older.
                 before = self._kept.pop((owner, row), None)
                 self._room -= len(packed.ids) - (len(before.ids) if before else 0)
                 self._kept[owner, row] = packed
-            while self._room < 0:
+            while self._room < 0:  # the one that was asked for longest ago is first
                 _, oldest = self._kept.popitem(last=False)
                 self._room += len(oldest.ids)
 
@@ -157,7 +159,7 @@ class FreshTokens(TokenRows):
     def _packed(self, rows: Sequence[int]) -> list[_Packed]:
         found = self._memo.get(self._owner, rows)
         missing = sorted(set(rows) - found.keys())
-        if missing:
+        if missing:  # without the lock: tokenising is what takes the time
             examples = self._rows.take(missing)
             encoded = self._chat.encode_many([(e.prompt, e.target) for e in examples])
             packed = (
@@ -183,10 +185,7 @@ class _CachedTokens(TokenRows):
     def __init__(self, rows: TextRows, chat: ChatFormat, folder: Path) -> None:
         super().__init__(rows, chat)
         self._table = BatchFile(folder, "tokens")
-        try:
-            self._lengths: Ids = np.load(folder / "lengths.npy", mmap_mode="r")
-        except (OSError, EOFError, ValueError):
-            raise damaged(folder) from None
+        self._lengths: Ids = load_array(folder, "lengths", mapped=True)
         if not len(self._lengths) == len(self._table) == len(rows):
             raise damaged(folder)
         self._columns = lru_cache(maxsize=1024)(self._read_columns)
@@ -223,11 +222,7 @@ def fitting(rows: TextRows, chat: ChatFormat) -> NDArray[np.bool_]:
         np.save(folder / "fits.npy", np.fromiter(fits, dtype=np.bool_, count=len(rows)))
 
     folder = published("fits", content_key([*_CODE, rows.key, chat.fingerprint]), build)
-    try:
-        mask: NDArray[np.bool_] = np.load(folder / "fits.npy")
-    except (OSError, EOFError, ValueError):
-        raise damaged(folder) from None
-    return mask
+    return load_array(folder, "fits")
 
 
 def _as_batch(encoded: Sequence[Encoded], sizes: Ids) -> pa.RecordBatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_medical.console import show, show_table
-from moe_medical.data.check.measure import CheckReport, Labels, Overlap, SplitReport, TaskReport
+from moe_medical.data.check.measure import CheckReport, Labels, Overlap, TaskReport
 from moe_medical.data.recipe import SPLITS
 
 _SHOWN_PAIRS = 20
@@ -30,7 +30,10 @@ def _show_rows(report: CheckReport) -> None:
     columns = ["task", "kind", *SPLITS, "bad", "median", "p95", "max"]
     columns += [f"> {report.length_limit:,}"] if report.length_limit else []
     rows = [_row_cells(task, report.length_limit is not None) for task in report.tasks]
-    totals = [f"{_total(report.tasks, split):,}" for split in SPLITS]
+    totals = [
+        f"{sum(task.splits[split].rows for task in report.tasks if split in task.splits):,}"
+        for split in SPLITS
+    ]
     bad = sum(part.bad for task in report.tasks for part in task.splits.values())
     footer = [f"{len(report.tasks)} tasks", "", *totals, str(bad), *[""] * (len(columns) + 2 - 6)]
     show_table([*columns, "phi", "licence"], rows, footer)
@@ -45,10 +48,6 @@ def _row_cells(task: TaskReport, limited: bool) -> list[str]:
         cells.append(_percent(lengths.over or 0))
     licence = _clip(task.licence or "not given", _LICENCE_CHARACTERS)
     return [task.name, task.kind, *counts, bad, *cells, "yes" if task.phi else "no", licence]
-
-
-def _total(tasks: Sequence[TaskReport], split: str) -> int:
-    return sum(task.splits[split].rows for task in tasks if split in task.splits)
 
 
 def _show_labels(tasks: Sequence[TaskReport]) -> None:
@@ -72,25 +71,17 @@ def _top(labels: Labels, task: TaskReport) -> str:
 
 
 def _show_repeats(report: CheckReport) -> None:
-    rows = [
-        (task.name, *_repeat_cells(task.splits["train"]), f"{task.dropped:,}")
-        for task in report.tasks
-        if (part := task.splits.get("train")) and _has_findings(part)
-    ]
+    rows = []
+    for task in report.tasks:
+        if part := task.splits.get("train"):
+            counts = (part.repeats.exact, part.repeats.conflicting, part.repeats.near, part.leaking)
+            if any(counts):
+                rows.append([task.name, *(f"{n:,}" for n in (*counts, task.dropped))])
     settings = ", ".join(f"{key} {value}" for key, value in report.hygiene.items())
     show(f"repeated training rows of {len(rows)} tasks (the mixture's hygiene: {settings})\n")
     if rows:
         columns = ("task", "equal", "equal but target", "nearly equal", "in evaluation", "dropped")
         show_table(columns, rows)
-
-
-def _has_findings(part: SplitReport) -> bool:
-    return any((part.repeats.exact, part.repeats.conflicting, part.repeats.near, part.leaking))
-
-
-def _repeat_cells(part: SplitReport) -> list[str]:
-    counts = (part.repeats.exact, part.repeats.conflicting, part.repeats.near, part.leaking)
-    return [f"{n:,}" for n in counts]
 
 
 def _show_overlaps(first: str, second: str, overlaps: Sequence[Overlap]) -> None:

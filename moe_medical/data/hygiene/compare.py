@@ -38,10 +38,6 @@ _CHUNK_SHINGLES = 2**17
 _KEPT_ROWS = 4096
 
 
-def _no_progress(rows: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What is known of all rows; arrays have one entry per row unless said otherwise."""
@@ -95,7 +91,7 @@ def compare(
     specs: Sequence[TaskSpec],
     threshold: float,
     near: bool = True,
-    progress: Callable[[int], None] = _no_progress,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Comparison:
     """Compare every row of every task and split with every other.
 

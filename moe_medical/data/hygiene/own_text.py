@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -77,8 +77,14 @@ class OwnText:
         literals = (literal.strip() for literal, _ in parse_template(template))
         self._literals = [literal for literal in literals if literal]
         different = list(dict.fromkeys(prompts))
-        self._boilerplate = self._find_boilerplate(different)
-        self._common = self._find_common(different)
+        counts = Counter(piece for prompt in different for piece in set(self._pieces(prompt)))
+        self._boilerplate = frozenset(
+            piece for piece, n in counts.items() if n > 2 and 2 * n > len(different)
+        )
+        # Only then, as what is common is judged on the text that is left.
+        each = [shingle_hashes(self.text(prompt)) for prompt in different]
+        shingles, rows = np.unique(np.concatenate(each or [np.zeros(0, np.uint64)]), return_counts=True)
+        self._common = shingles[rows > max(_COMMON_ROWS, _COMMON_SHARE * len(different))]
 
     def text(self, prompt: str) -> str:
         """Normalised; the whole prompt where nothing in it is the row's own."""
@@ -104,12 +110,3 @@ class OwnText:
                 rest = after
         separated = _LABELS.sub(lambda label: f"{label[0]}\n", "\n".join([*own, rest]))
         return [piece for line in separated.splitlines() if (piece := line.strip())]
-
-    def _find_boilerplate(self, prompts: Sequence[str]) -> frozenset[str]:
-        counts = Counter(piece for prompt in prompts for piece in set(self._pieces(prompt)))
-        return frozenset(piece for piece, n in counts.items() if n > 2 and 2 * n > len(prompts))
-
-    def _find_common(self, prompts: Sequence[str]) -> Words:
-        each = [shingle_hashes(self.text(prompt)) for prompt in prompts]
-        shingles, counts = np.unique(np.concatenate(each or [np.zeros(0, np.uint64)]), return_counts=True)
-        return shingles[counts > max(_COMMON_ROWS, _COMMON_SHARE * len(prompts))]

@@ -107,7 +107,10 @@ def is_a(hpo: Hpo) -> Iterator[Row]:
     """Two phenotypes -> whether the first lies below the second; a wrong one is a right one's sibling."""
     for term in hpo.phenotypes:
         random = seeded("is_a", term.id)
-        above = sorted(each for each in _proper_ancestors(hpo, term) if not _is_system(hpo, each))
+        # Below the root and not an organ system itself, which `organ_system` asks for.
+        above = sorted(
+            id for id in hpo.ancestors[term.id] - {term.id} if hpo.systems(id) and hpo.systems(id) != [id]
+        )
         if not above:
             continue
         right = random.choice(above)
@@ -115,15 +118,6 @@ def is_a(hpo: Hpo) -> Iterator[Row]:
         beside = [each for each in _siblings(hpo, right) if not hpo.related(each, term.id)]
         if beside:
             yield _kind_of(hpo, term.id, random.choice(beside), "no")
-
-
-def _proper_ancestors(hpo: Hpo, term: Term) -> frozenset[str]:
-    below_root = {id for id in hpo.ancestors[term.id] if hpo.systems(id)}
-    return frozenset(below_root - {term.id})
-
-
-def _is_system(hpo: Hpo, id: str) -> bool:
-    return hpo.systems(id) == [id]
 
 
 def _siblings(hpo: Hpo, id: str) -> list[str]:

@@ -110,21 +110,21 @@ def draw(choice: Choice, holdout: float) -> Row | None:
 def split_rows(recipe: TaskRecipe[Source], source: Source) -> dict[str, list[Row]]:
     """All rows of one task by split: usable, unambiguous, balanced if asked, capped, in a seeded order."""
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in _unambiguous(filter(_is_short, _drawn(recipe, source))):
+    for row in _unambiguous(_short_rows(recipe, source)):
         if split := split_of(row.concepts, recipe.holdout):
             splits[split].append(row)
     return {split: _select(rows, MAX_ROWS[split], recipe.balanced) for split, rows in splits.items()}
 
 
-def _drawn(recipe: TaskRecipe[Source], source: Source) -> Iterator[Row]:
+def _short_rows(recipe: TaskRecipe[Source], source: Source) -> Iterator[Row]:
     for each in recipe.rows(source):
         row = draw(each, recipe.holdout) if isinstance(each, Choice) else each
-        if row:
+        if (
+            row
+            and len(row.input.split()) <= MAX_INPUT_WORDS
+            and 0 < len(row.output.split()) <= MAX_OUTPUT_WORDS
+        ):
             yield row
-
-
-def _is_short(row: Row) -> bool:
-    return len(row.input.split()) <= MAX_INPUT_WORDS and 0 < len(row.output.split()) <= MAX_OUTPUT_WORDS
 
 
 def _unambiguous(rows: Iterable[Row]) -> Iterator[Row]:
