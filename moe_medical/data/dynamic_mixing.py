@@ -286,9 +286,7 @@ def effective_block(done_samples: int, block: int, lead_steps: int, global_batch
 
 
 class DynamicMix:
-    """A run's dynamic rule: when it decides, and how its decisions reach the plan.
-
-    Every rank makes the same calls with the same numbers.
+    """A run's dynamic rule: when it decides, and how that reaches the plan; the same calls on every rank.
 
     Args:
         rule: Decides.
@@ -397,7 +395,6 @@ def dynamic_mix(
     if mix.dynamic.rule == "none":
         return None
     names = [size.name for size in sizes]
-    # Weights count samples; rules move shares of what `by` counts.
     shares = task_weights(mix, sizes, num_samples) * units_per_sample(mix, sizes)
     rule = RULES[mix.dynamic.rule](shares / shares.sum(), mix.dynamic, names, mix.floor, mix.ceiling)
     return DynamicMix(rule, plan, mix, sizes, global_batch, num_samples, agree)

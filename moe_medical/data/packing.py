@@ -56,7 +56,7 @@ def count_rows(lengths: Sequence[int], capacity: int) -> int:
 
 
 def _spread(lengths: Sequence[int], count: int) -> Rows:
-    """Longest first to the emptiest row: the longest is at most 4/3 of the shortest possible (Graham 1969)."""
+    """Longest first to the emptiest row: at most 4/3 of the least longest row (Graham 1969)."""
     rows: Rows = [[] for _ in range(count)]
     emptiest = [(0, number) for number in range(count)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
