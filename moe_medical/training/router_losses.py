@@ -75,6 +75,7 @@ class RouterLosses:
         self._tokens = all_tokens
         self._ahead = None
         self._seen = []
+        # With one micro-batch its own forward has all that the statistics need, before its backward begins.
         if self._weights.needs_statistics and self._over == "global_batch" and len(batches) > 1:
             self._ahead = self._count(batches)
             self._seen = [] if self._ahead is None else [self._ahead]
@@ -84,6 +85,7 @@ class RouterLosses:
         """Between forward and backward of a micro-batch, inside its `bind`. Collective."""
         if not self.active or not self._context.record.routings:
             return
+        # Where nothing was counted ahead, the statistics are those of this micro-batch on all ranks.
         if self._ahead is None:
             self._seen.append(
                 self._over_ranks(self._sums()) if self._weights.needs_statistics else self._sums()
@@ -104,6 +106,7 @@ class RouterLosses:
         if not self._weights.needs_statistics:
             seen = [self._over_ranks(_added(seen))]
         values = dict.fromkeys(self._weights.active, 0.0)
+        # Micro-batches count by their tokens, so that the value is that of the global step.
         for sums in seen:
             share = float(sums.num_tokens) / self._tokens
             for name, value in sums.values(self._weights).items():
@@ -117,6 +120,7 @@ class RouterLosses:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in batches:
                 with forward_context(self._context, batch, "count"):
+                    # One column of logits: the head's work is not needed, the layers' routing is.
                     run_model(self._engine.module, batch, batch.target_columns_C[:1])
                     if self._context.record.routings:
                         counted.append(self._sums())

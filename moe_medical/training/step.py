@@ -238,6 +238,7 @@ class TaskFactors:
         tokens_T = np.where(counts.tokens_T > 0, counts.tokens_T, np.nan)
         return np.asarray(self._engine.topology.sum(losses_T.copy()) / tokens_T)
 
+    # The module, not the engine: DeepSpeed counts the engine's forward passes as part of a step.
     @torch.no_grad()
     def _second_look(self, step: int, batches: Sequence[Batch]) -> np.ndarray:
         """This rank's summed token losses of each task now, with the dropout that the step had."""
@@ -252,6 +253,7 @@ class TaskFactors:
 
 def count_step(engine: Engine, batches: Sequence[Batch], num_tasks: int, stop: bool) -> StepCounts:
     """Sum this step's counts, and the stop flags, over all ranks. Collective: every rank must call."""
+    # All in one array: one collective a step, however much there is to agree on.
     mine = np.zeros(2 * num_tasks + 4)
     for batch in batches:
         mine[:num_tasks] += batch.targets_per_task(num_tasks).numpy()

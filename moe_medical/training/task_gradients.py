@@ -98,6 +98,7 @@ def task_gram(
     if sketch is not None:
         rows["sketch"] = torch.zeros(num_tasks, sketch.size, device=engine.topology.device)
     for batch in batches:
+        # One task after the other, so that a single gradient is held beside the sums.
         for task, gradients in _each_task(engine, context, batch, weigh):
             for name, gradient in (sketch(gradients) if sketch else gradients).items():
                 rows[name][task] += gradient.flatten()
@@ -124,6 +125,7 @@ def probe_batches(
         size = len(task.train)
         chosen = [(start + i) % size for i in range(min(rows, size))]
         parts += [(number, chosen[i : i + micro_batch]) for i in range(0, len(chosen), micro_batch)]
+    # Ranks may get different numbers of batches: nothing collective happens in them under these layouts.
     mine = parts[topology.rank :: topology.world_size]
     return [collate(tasks[n].tokens.encoded(part), [n] * len(part), chat.pad_id) for n, part in mine]
 
@@ -149,6 +151,7 @@ def probe_gram(
     mine = np.zeros(num_tasks)
     for batch in batches:
         mine += batch.targets_per_task(num_tasks).cpu().numpy()
+    # The mean over all ranks' tokens of the task, so that a task does not weigh by its number of probe rows.
     tokens = engine.topology.sum(mine)
     each_T = torch.tensor(1 / np.maximum(tokens, 1), dtype=torch.float32, device=device)
     with kept_generators(device):
@@ -170,6 +173,8 @@ def _each_task(
         tokens = token_losses(engine.module, batch)
         parts = tokens.losses * weigh(tokens)
         for task in tokens.task_ids.unique().tolist():
+            # One graph for all tasks of the micro-batch, so it is kept; experts that no token of the task
+            # chose have no gradient at all.
             loss = parts[tokens.task_ids == task].sum()
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             found = zip(engine.named, gradients, strict=True)
@@ -180,6 +185,7 @@ def _inner_products(engine: Engine, rows: dict[str, Tensor], num_tasks: int) -> 
     """Sum the rows over ranks, one parameter after the other, and multiply them."""
     gram = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=engine.topology.device)
     for row_TN in rows.values():
+        # Summed before they are multiplied: a product of sums is not the sum of the ranks' products.
         summed = engine.sum(row_TN).double()
         gram += summed @ summed.T
     return gram.cpu().numpy()

@@ -123,6 +123,7 @@ class DynamicWeightAverage(_Rule):
         self._steps = self._steps + 1
         if self._steps < self._window:
             return
+        # A task that no step of the window had keeps the two windows that it has.
         seen = self._seen > 0
         self._older[seen] = self._newer[seen]
         self._newer[seen] = np.maximum(self._sum[seen] / self._seen[seen], SOLVED)
@@ -158,6 +159,7 @@ class Uncertainty(_Rule):
 
     def observe(self, losses_T: np.ndarray, after_T: np.ndarray | None = None) -> None:
         present = np.isfinite(losses_T)
+        # A solved task would draw its s to minus infinity, and all the weight to itself.
         losses = np.maximum(losses_T[present], SOLVED)
         s = self._log_variance[present]
         self._log_variance[present] = s - self._rate * (1 - losses * np.exp(-s)) / 2
@@ -200,6 +202,7 @@ class Famo(_Rule):
         seen = self._losses > 0
         if not seen.any():
             return np.ones(self.num_tasks)
+        # A task that was not seen yet counts as if its loss were the others' mean.
         losses = np.where(seen, self._losses, self._losses[seen].mean())
         return self.num_tasks * _softmax(self._xi - np.log(losses))
 
@@ -217,6 +220,7 @@ class Famo(_Rule):
 
     def _descend(self, present: np.ndarray, gradient: np.ndarray) -> None:
         """Adam on the entries of the tasks present."""
+        # Each task has moments and a number of steps of its own, for it is not in every step.
         mean = _BETAS[0] * self._mean[present] + (1 - _BETAS[0]) * gradient
         variance = _BETAS[1] * self._variance[present] + (1 - _BETAS[1]) * gradient**2
         steps = self._steps[present] + 1
@@ -235,5 +239,5 @@ _KEPT = 0.9
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
-    powers = np.exp(x - x.max())
+    powers = np.exp(x - x.max())  # the largest is 1: no overflow
     return np.asarray(powers / powers.sum())
