@@ -185,6 +185,26 @@ class MoloraConfig:
         }
         return [setting for setting, used in found.items() if used and self.molora]
 
+    def idle_router(self) -> str:
+        """Why the routers will stay as they were drawn, and what to do; empty where they learn.
+
+        A single expert whose gate is renormalised has the gate 1 whatever the logits: no gradient of the
+        language model's loss comes to the router.
+        """
+        gate_is_one = self.active() == 1 and (self.renormalise or self.max_experts == 1)
+        coefficients = ("balance", "z", "entropy", "divergence", "localized")
+        has_loss = any(getattr(self, f"{name}_coefficient") for name in coefficients)
+        if not self.molora or self.freeze_router or not gate_is_one or has_loss:
+            return ""
+        if self.max_experts == 1:
+            return (
+                "routers will stay as they were drawn: each has one expert. Use plain LoRA (adapters.lora)."
+            )
+        return (
+            "routers will stay as they were drawn: the gate of one expert is always 1, and no router loss "
+            "is on. Set adapters.renormalise=false, or a loss such as adapters.balance_coefficient=0.01."
+        )
+
     @property
     def max_experts(self) -> int:
         """Experts of the layer that has most."""

@@ -100,6 +100,8 @@ def show_plan(plan: RunPlan, compare: bool = False) -> None:
     _show_layers(plan.layers)
     share = 100 * plan.trainable / plan.base_parameters
     show(f"trainable {plan.trainable:,} parameters, {share:.2f} % of the base's {plan.base_parameters:,}\n")
+    if idle := plan.layouts.model.adapters.idle_router():
+        show(f"warning: {idle}\n")
     show_layouts(plan.layouts)
 
 

@@ -80,8 +80,8 @@ def combination(rule: str, gram_TT: np.ndarray, seed: int) -> np.ndarray:
     return numbers
 
 
-# torchjd is an extra, so each rule imports its own. Where its weights sum to 1 they are brought to a mean of 1,
-# which keeps the step as large as the plain one's.
+# torchjd is an extra, so each rule imports its own. Where its weights sum to 1 they are brought to a mean
+# of 1, which keeps the step as large as the plain one's.
 
 
 def _pcgrad(gram: Tensor) -> Tensor:

@@ -174,6 +174,8 @@ class Trainer:
         steps = self.config.training.steps
         batch = self.config.training.global_batch
         _LOG.info("%d tasks, %s trainable parameters", len(self.tasks), f"{trainable:,}")
+        if idle := self.adapters.idle_router():
+            _LOG.warning("%s", idle)
         _LOG.info("steps %d to %d of %d samples each; writing to %s", first, steps, batch, self.folder.root)
 
     # Checkpoints
