@@ -13,24 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from moe_medical.config.adapters import MoloraConfig
+from moe_medical.config.layer_names import CLOSING, SHARED_INPUT
 from moe_medical.errors import ConfigError, Problem
 
 AdapterKind = Literal["molora", "lora"]
 NUM_EXAMPLES = 4
-
-_SHARED_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("wi_0", "wi_1"),
-    ("w1", "w3"),
-)
-"""Sibling layers that read the same tensor in the models of transformers."""
-
-_CLOSING = frozenset(
-    ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h")
-)
-"""Last layers of blocks, which read what the others have made."""
 
 _LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")
 """Up to the number of the decoder layer."""
@@ -68,7 +55,7 @@ def shared_input_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        kin = next((siblings[0] for siblings in _SHARED_INPUT if leaf in siblings), leaf)
+        kin = next((siblings[0] for siblings in SHARED_INPUT if leaf in siblings), leaf)
         groups.setdefault((parent, kin), []).append(name)
     return [tuple(group) for group in groups.values()]
 
@@ -92,7 +79,7 @@ def routing_scopes(names: Iterable[str], scope: str) -> dict[str, str]:
 
 
 def _as_they_run(names: Iterable[str]) -> list[str]:
-    """Within a block, what opens it first, in the order of `_SHARED_INPUT`, and what closes it last.
+    """Within a block, what opens it first, in the order of `SHARED_INPUT`, and what closes it last.
 
     Modules are registered in another order by some models: Phi-3 has o_proj before qkv_proj, OPT k before q.
     """
@@ -103,8 +90,8 @@ def _as_they_run(names: Iterable[str]) -> list[str]:
 
 
 def _turn(leaf: str) -> int:
-    opening = [siblings.index(leaf) for siblings in _SHARED_INPUT if leaf in siblings]
-    return opening[0] if opening else 10 + (leaf in _CLOSING)
+    opening = [siblings.index(leaf) for siblings in SHARED_INPUT if leaf in siblings]
+    return opening[0] if opening else 10 + (leaf in CLOSING)
 
 
 def _scope_of(name: str, scope: str) -> str:

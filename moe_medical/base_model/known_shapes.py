@@ -14,24 +14,11 @@ from typing import Any
 
 from moe_medical.base_model.locate import BaseModel
 from moe_medical.base_model.shapes import LinearShape, linear_shapes, num_parameters
+from moe_medical.config.layer_names import RUN_ORDER
 from moe_medical.errors import ConfigError, Problem
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_ROLES: tuple[str, ...] = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "query",
-    "key",
-    "value",
-    "query_key_value",
-    "c_attn",
-    "o_proj",
-)
-_ROLES += ("out_proj", "dense", "attn.c_proj", "gate_proj", "up_proj", "c_fc", "fc1", "fc_in")
-_ROLES += ("dense_h_to_4h", "down_proj", "mlp.c_proj", "fc2", "fc_out", "dense_4h_to_h")
-"""Linear layers of a block in the order in which they run."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +169,8 @@ def block_of(name: str) -> int:
 
 
 def _position(name: str) -> tuple[int, int, str]:
-    roles = [i for i, role in enumerate(_ROLES) if name.endswith(f".{role}")]
-    return block_of(name), roles[0] if roles else len(_ROLES), name
+    roles = [i for i, role in enumerate(RUN_ORDER) if name.endswith(f".{role}")]
+    return block_of(name), roles[0] if roles else len(RUN_ORDER), name
 
 
 def _llama_linears(config: Mapping[str, Any]) -> dict[str, LinearShape]:

@@ -23,14 +23,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from moe_medical.config.layer_names import is_closing
 from moe_medical.planning.adapted_model import FLOAT32, AdaptedModel, RoutedGroup, Workload, reach
 from moe_medical.planning.layouts import Layout
 from moe_medical.planning.zero3 import kept_whole
 
 _MOMENTS = 2 * FLOAT32
 """Adam's two."""
-_CLOSING = (".o_proj", ".out_proj", ".dense", ".c_proj", ".down_proj", ".fc2", ".fc_out", ".dense_4h_to_h")
-"""Names of the layers that close attention or FFN: their input is as wide as what is kept inside."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _of_base(model: AdaptedModel, workload: Workload) -> float:
     """Bytes per token that all blocks of the base keep."""
     base = model.base
     size = workload.itemsize
-    wide = sum(s.in_features for name, s in base.linears.items() if name.endswith(_CLOSING))
+    wide = sum(s.in_features for name, s in base.linears.items() if is_closing(name))
     norms_and_mask = (8 + 2 * size) * base.hidden + 8 + size * workload.positions / workload.micro_batch
     return base.blocks * norms_and_mask + 4 * size * wide
 

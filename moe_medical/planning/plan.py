@@ -21,6 +21,7 @@ from moe_medical.data.tasks import TaskData, build_plan, load_tasks, mix_sizes
 from moe_medical.planning.adapted_model import AdaptedModel
 from moe_medical.planning.layout_plan import LayoutPlan, Machines, plan_layouts, show_layouts
 from moe_medical.planning.mix_report import MixReport, compare_rules, show_comparison
+from moe_medical.planning.preflight import check_context
 from moe_medical.planning.sample_sizes import SampleSizes, mixture_sizes, task_sizes
 
 
@@ -77,6 +78,8 @@ def make_plan(config: RunConfig, machines: Machines | None = None, shape: str | 
         MoeMedicalError: the run cannot be read, or cannot be spread so.
     """
     base = locate_base(config.model)
+    if shape is None:
+        check_context(config, base)
     chat = ChatFormat.from_folder(base.folder, config.data.system_prompt, config.data.max_length)
     tasks = load_tasks(config.data, config.evaluation.split, chat)
     adapters = config.adapters.for_tasks(len(tasks))
