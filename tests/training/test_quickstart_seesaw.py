@@ -53,10 +53,10 @@ def _run(folder: Path, settings: list[str]) -> Finished:
         "training.schedule": "constant",
         "evaluation.loss_rows": 6,
         "evaluation.score_rows": 0,
-        "evaluation.every_steps": 4,
+        "evaluation.every_steps": 3,
         "checkpoint.every_steps": 0,
-        "tracking.conflict_every_steps": 12,
-        "tracking.routing_every_steps": 12,
+        "tracking.conflict_every_steps": 6,
+        "tracking.routing_every_steps": 6,
         "tracking.wandb.mode": "offline",
     }
     overrides = [*(f"{key}={value}" for key, value in of_run.items()), *settings]
