@@ -49,7 +49,8 @@ from moe_medical.distributed.topology import Topology, start_distributed, stop_d
 from moe_medical.tracking.reference import Reference, TaskReference
 from moe_medical.tracking.report import write_report
 from moe_medical.tracking.run_paths import RunPaths
-from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker, paired_error
+from moe_medical.tracking.seesaw import SeesawTracker
+from moe_medical.tracking.task_track import ProbeLosses, paired_error
 from moe_medical.training.data_module import DataModule
 from moe_medical.training.trainer import Trainer
 

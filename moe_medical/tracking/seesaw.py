@@ -30,63 +30,23 @@ Decisions (simulated: 24 tasks of 64 probe rows, 10 evaluations):
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_medical.config.schema import SeesawSection
-from moe_medical.tracking.reference import SOLVED, Reference, relative_gain
+from moe_medical.tracking.reference import SOLVED, Reference
+from moe_medical.tracking.task_track import Move, Probed, TaskTrack, measured
 
 Floats = NDArray[np.float64]
 
 _NOISE_MEAN = 0.00849
 _NOISE_DEVIATION = 0.0760
 """Of max(0, z - 2) for a standard normal z: what passes a gate of two standard errors by chance."""
-
-
-class Probed(Protocol):
-    """A task's probe rows at one evaluation."""
-
-    @property
-    def row_losses(self) -> tuple[float, ...]: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class ProbeLosses:
-    """A task's probe rows at one evaluation."""
-
-    row_losses: tuple[float, ...]
-    """Nats, summed over the target tokens of each row, in file order."""
-    tokens: int
-    """Target tokens of all rows."""
-
-    @property
-    def loss(self) -> float:
-        """Nats per target token; NaN without any."""
-        known = self.tokens and self.row_losses
-        return float(np.sum(self.row_losses) / self.tokens) if known else math.nan
-
-
-def paired_error(before: Probed, after: Probed) -> float:
-    """Standard error of the change of a task's loss between two evaluations of the same rows, nats per token.
-
-    Rows are drawn, so what they contribute to the change is; rows whose loss stays are no noise.
-    0 with fewer than two rows.
-
-    Raises:
-        ValueError: the evaluations have different numbers of rows.
-    """
-    if len(before.row_losses) != len(after.row_losses):
-        raise ValueError("evaluations are paired by their rows, and must have the same")
-    changes = np.subtract(after.row_losses, before.row_losses)
-    return float(np.sqrt(len(changes)) * np.std(changes, ddof=1) / after.tokens) if len(changes) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -237,11 +197,11 @@ class SeesawTracker:
         self._tasks = tuple(tasks)
         self._section = section
         self._reference = reference
-        self._tracks = {task: _Track(section.gate, section.window) for task in tasks}
+        self._tracks = {task: TaskTrack(section.gate, section.window) for task in tasks}
 
     def update(self, probes: Mapping[str, Probed]) -> SeesawStep:
         """Take in the next evaluation: the probe rows of each task. A task that is not there has none."""
-        now = [_measured(probes.get(task)) for task in self._tasks]
+        now = [measured(probes.get(task)) for task in self._tasks]
         seen = [track.add(probe) for track, probe in zip(self._tracks.values(), now, strict=True)]
         loss_T = _row(math.nan if probe is None else probe.loss for probe in now)
         return SeesawStep(
@@ -278,119 +238,7 @@ class SeesawTracker:
         return _row(self._reference.loss_gain(task, loss) for task, loss in pairs)
 
 
-class _Change(NamedTuple):
-    """Of a task's loss between two evaluations, relative; positive is better."""
-
-    value: float = math.nan
-    gate: float = math.nan
-    error: float = math.nan
-    before: float = math.nan
-    """The earlier loss, nats per target token."""
-
-
-_NOTHING = _Change()
-
-
-class _Move(NamedTuple):
-    """Part of a task in gain and regress over some time, and the errors of the changes that it is made of."""
-
-    gain: float
-    regress: float
-    errors: float
-    """Sum of standard errors."""
-    squares: float
-    """Sum of their squares."""
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one evaluation tells of a task; None and NaN where it tells nothing."""
-
-    step: _Change = _NOTHING
-    regret: _Change = _NOTHING
-    since_best: float = math.nan
-    move: _Move | None = None
-    window: _Move | None = None
-
-
-class _Track:
-    """The finite evaluations of one task."""
-
-    def __init__(self, gate: float, window: int) -> None:
-        self._gate = gate
-        self._recent: deque[ProbeLosses] = deque(maxlen=window)
-        self._moves: deque[_Move] = deque(maxlen=window)
-        self._best: ProbeLosses | None = None
-        self._since_best = 0
-
-    def add(self, now: ProbeLosses | None) -> _Seen:
-        if now is None:
-            return _Seen()
-        if self._best is not None and _probe_set(self._best) != _probe_set(now):
-            self._forget()
-        is_best = self._best is None or now.loss < self._best.loss
-        self._best = best = now if self._best is None or is_best else self._best
-        self._since_best = 0 if is_best else self._since_best + 1
-        regret = self._change(best, now)
-        if not self._recent:
-            self._recent.append(now)
-            return _Seen(regret=regret, since_best=self._since_best)
-        step = self._change(self._recent[-1], now)
-        way = self._change(self._recent[0], now)
-        self._recent.append(now)
-        self._moves.append(_move(step))
-        return _Seen(step, regret, self._since_best, self._moves[-1], self._in_window(_move(way)))
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "best": _to_json(self._best) if self._best else None,
-            "since_best": self._since_best,
-            "recent": [_to_json(probe) for probe in self._recent],
-            "moves": [list(move) for move in self._moves],
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._forget()
-        self._best = _from_json(state["best"]) if state["best"] else None
-        self._since_best = state["since_best"]
-        self._recent.extend(_from_json(probe) for probe in state["recent"])
-        self._moves.extend(_Move(*move) for move in state["moves"])
-
-    def _forget(self) -> None:
-        self._recent.clear()
-        self._moves.clear()
-        self._best = None
-        self._since_best = 0
-
-    def _change(self, before: ProbeLosses, now: ProbeLosses) -> _Change:
-        error = paired_error(before, now) / max(before.loss, SOLVED)
-        return _Change(relative_gain(now.loss, before.loss), max(self._gate, 2 * error), error, before.loss)
-
-    def _in_window(self, way: _Move) -> _Move:
-        """The larger of the sum of the steps and of the whole way."""
-        sums = [sum(part) for part in zip(*self._moves, strict=True)]
-        return _Move(*map(max, sums, way))
-
-
-def _measured(probe: Probed | None) -> ProbeLosses | None:
-    """None unless the loss is finite."""
-    if probe is None:
-        return None
-    losses = ProbeLosses(tuple(probe.row_losses), probe.tokens)
-    return losses if math.isfinite(losses.loss) else None
-
-
-def _probe_set(probe: ProbeLosses) -> tuple[int, int]:
-    return len(probe.row_losses), probe.tokens
-
-
-def _move(change: _Change) -> _Move:
-    gain = max(0.0, change.value - change.gate)
-    regress = max(0.0, -change.value - change.gate)
-    return _Move(gain, regress, change.error, change.error**2)
-
-
-def _balance(moves: list[_Move]) -> Balance:
+def _balance(moves: list[Move]) -> Balance:
     if not moves:
         return Balance()
     gain, regress, errors, squares = np.array(moves).T
@@ -400,11 +248,3 @@ def _balance(moves: list[_Move]) -> Balance:
 
 def _row(values: Iterable[float]) -> Floats:
     return np.array(list(values), dtype=np.float64)
-
-
-def _to_json(probe: ProbeLosses) -> list[Any]:
-    return [list(probe.row_losses), probe.tokens]
-
-
-def _from_json(data: Sequence[Any]) -> ProbeLosses:
-    return ProbeLosses(tuple(data[0]), data[1])

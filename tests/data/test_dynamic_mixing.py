@@ -30,7 +30,8 @@ from moe_medical.data.dynamic_mixing import (
 )
 from moe_medical.data.mixture import MixPlan
 from moe_medical.data.static_mixing import Floats, TaskSize, row_limits, task_weights
-from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
+from moe_medical.tracking.seesaw import SeesawTracker
+from moe_medical.tracking.task_track import ProbeLosses
 from moe_medical.training.callbacks.mixing import progress
 
 NOW = DynamicMixSection(smoothing=0.0)

@@ -14,7 +14,8 @@ from moe_medical.config.schema import RunConfig
 from moe_medical.tracking.conflict import Conflict, conflict_overlap
 from moe_medical.tracking.routing_stats import RoutingStats
 from moe_medical.tracking.run_paths import RunPaths
-from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
+from moe_medical.tracking.seesaw import SeesawTracker
+from moe_medical.tracking.task_track import ProbeLosses
 
 NAMES = [
     *("cmeee", "cmeie", "imcs_ner", "imcs_dac", "imcs_sr", "imcs_mrg", "mediqa_summaries", "pubmedqa"),

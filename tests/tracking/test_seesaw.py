@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moe_medical.config.schema import SeesawSection
 from moe_medical.tracking.reference import Reference, TaskReference
-from moe_medical.tracking.seesaw import Balance, ProbeLosses, SeesawStep, SeesawTracker, paired_error
+from moe_medical.tracking.seesaw import Balance, SeesawStep, SeesawTracker
+from moe_medical.tracking.task_track import ProbeLosses, paired_error
 
 ROWS = 64
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moe_medical.config.schema import GuardSection, SeesawSection
-from moe_medical.tracking.seesaw import ProbeLosses, SeesawTracker
+from moe_medical.tracking.seesaw import SeesawTracker
+from moe_medical.tracking.task_track import ProbeLosses
 from moe_medical.training.callbacks.guard import LEAST_WEIGHT, TaskGuard
 from moe_medical.training.run_log import Decision
 
