@@ -23,7 +23,7 @@ quickstart: install
 
 test: export OMP_NUM_THREADS = 1
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 20
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: install
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
+from support.ranks import start_servers
 
 # The same examples each time: a red run must be a change's fault. No deadline: the machine is shared.
 settings.register_profile("project", derandomize=True, deadline=None)
@@ -21,22 +22,18 @@ LONGEST = (
     "tests/distributed/test_state.py",
     "tests/training/test_baseline.py",
     "tests/planning/test_cost.py",
-    "tests/golden",
+    "tests/golden/test_golden.py",
 )
-"""Files, and folders with a common fixture, that take a minute and more: they are begun first."""
+"""Files that take a minute and more."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A worker of a whole run will need the servers of ranks, which take a while to import."""
+    if hasattr(session.config, "workerinput"):
+        start_servers()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays on one worker, whose fixtures are made once; so do files that share a fixture."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    rank = {group: number for number, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(_group(item), len(rank)))
-
-
-def _group(item: pytest.Item) -> str:
-    file = item.nodeid.partition("::")[0]
-    if file.startswith("tests/golden/"):
-        return "tests/golden"
-    return "tests/training/test_launchers.py" if "undisturbed" in getattr(item, "fixturenames", ()) else file
+    """The longest files first, so that no worker is left alone with one at the end."""
+    rank = {file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))

@@ -14,6 +14,7 @@ import pytest
 
 from golden.cases import CASES, RESUMED, all_names
 from golden.compare import compared, difference
+from golden.frozen import FROZEN, HOW_TO_ANNOUNCE, current
 from golden.run import GOLDEN, Record, committed
 
 RELATIVE = {"series": 1e-6, "decisions": 1e-6, "norms": 1e-5}
@@ -74,3 +75,17 @@ def _apart(recorded: Any, found: Any, tolerance: float, path: str) -> str:
         is_near = math.isclose(recorded, found, rel_tol=tolerance, abs_tol=tolerance)
         return "" if is_near else f"{path} was {recorded}, is {found}"
     return "" if recorded == found or path.endswith("/cause") else f"{path} was {recorded}, is {found}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["run file keys", "presets", "exit codes", "metrics", "files"])
+def test_no_name_changes_unannounced(kind: str, golden_record: Record) -> None:
+    frozen = json.loads(FROZEN.read_text(encoding="utf-8"))
+    found = json.loads(json.dumps(current(golden_record)))
+    assert found.keys() == frozen.keys()
+    apart = [
+        f"{name}: {frozen[kind].get(name, 'new')} -> {found[kind].get(name, 'gone')}"
+        for name in sorted(frozen[kind].keys() | found[kind].keys())
+        if name not in frozen[kind] or name not in found[kind] or frozen[kind][name] != found[kind][name]
+    ]
+    assert not apart, "\n".join([f"{kind} changed:", *apart, HOW_TO_ANNOUNCE])

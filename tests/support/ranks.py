@@ -146,7 +146,7 @@ class _Server:
         with self._heard:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            assert self._heard.wait_for(lambda: self._pids or self.process.poll() is not None, timeout=120)
+            assert self._heard.wait_for(lambda: self._pids or self.process.poll() is not None, timeout=600)
             assert self._pids, "the server of ranks has ended"
             return _Rank(self, self._pids.pop())
 
@@ -161,6 +161,12 @@ class _Server:
                 elif "ended" in message:
                     self.codes[message["ended"]] = message["code"]
                 self._heard.notify_all()
+
+
+def start_servers() -> None:
+    """Let the servers import while something else is done."""
+    for number in range(_SERVERS):
+        _server(number)
 
 
 @cache
