@@ -1,1 +1,1 @@
-"""Data, in the order it flows: recipe (YAML) -> sources (examples) -> formats (tokens) -> mixture (order)."""
+"""Data, in the order it flows: recipe (YAML) -> sources (examples) -> tokens -> mixture -> batches."""
