@@ -221,7 +221,9 @@ def test_no_rank_holds_the_whole_base(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each core has a stack of 8 MB
-    results = on_ranks(4, _model_then_memory, tmp_path, str(tmp_path), names, int(0.75 * base_bytes))
+    results = on_ranks(
+        4, _model_then_memory, tmp_path, str(tmp_path), names, int(0.75 * base_bytes), timeout=280, fresh=True
+    )
     assert [r["differences"] for r in results] == [{name: [] for name in names}] * 4
     assert all("memory" in r["whole"] for r in results), results
     losses = [row["eval/macro_loss"] for row in rows(tmp_path / "large") if "eval/macro_loss" in row]

@@ -33,10 +33,18 @@ _SERVERS = 2
 
 
 def on_ranks(
-    world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any, timeout: float = 180
+    world: int,
+    function: Callable[..., Any],
+    tmp_path: Path,
+    *arguments: Any,
+    timeout: float = 180,
+    fresh: bool = False,
 ) -> list:
-    """Results of all ranks in order; AssertionError with every rank's output if one fails."""
-    folder = _play(world, function, tmp_path, arguments, timeout)
+    """Results of all ranks in order; AssertionError with every rank's output if one fails.
+
+    With `fresh` each has a server of its own, begun now: settings of the C library are read at its start.
+    """
+    folder = _play(world, function, tmp_path, arguments, timeout, fresh)
     return [json.loads((folder / f"result-{r}.json").read_text(encoding="utf-8")) for r in range(world)]
 
 
@@ -58,7 +66,12 @@ def _train(arguments: list[str]) -> None:
 
 
 def _play(
-    world: int, function: Callable[..., Any], tmp_path: Path, arguments: Sequence[Any], timeout: float
+    world: int,
+    function: Callable[..., Any],
+    tmp_path: Path,
+    arguments: Sequence[Any],
+    timeout: float,
+    fresh: bool = False,
 ) -> Path:
     """The folder with the results and the output of ranks that have all ended well."""
     folder = tmp_path / f"ranks-{uuid.uuid4().hex[:6]}"
@@ -66,7 +79,7 @@ def _play(
     (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     port = free_port()
     argv = [inspect.getfile(function), function.__name__, str(folder)]
-    servers = [_server(r % _SERVERS) for r in range(world)]
+    servers = [_Server() if fresh else _server(r % _SERVERS) for r in range(world)]
     ranks = [
         server.start(_output(folder, r), rank_environment(r, world, port), argv)
         for r, server in enumerate(servers)
